@@ -33,7 +33,7 @@ def one_of(value, # what was asked for
     hint = f'; did you mean {near[0]!r}?' if near else ''
     raise CmlfError(f'unknown {what} {value!r}{hint} Known: {", ".join(map(str, known))}')
 
-# %% ../nbs/00_core.ipynb #b7dc0ea5
+# %% ../nbs/00_core.ipynb #aff595cc
 @dataclass(frozen=True)
 class Profile:
     "Every setting of a run. Defaults: the paper's, section III-B."
@@ -70,6 +70,8 @@ class Profile:
     restart_schedule:bool = True    # each stage starts the schedule anew
     clip_norm:float = 2.0           # gradient norm, as in the baseline; 0: off
     tau:float = 0.07                # temperature of Eq. 4
+    loss:str = 'nt_xent'            # Eq. 4; 'nt_xent_hardest' and 'triplet_max' mine inside the batch instead
+    hardest:int = 8                 # negatives per row that 'nt_xent_hardest' keeps
     amp:bool = True                 # bf16 autocast where the device gains by it
     # the curriculum
     curriculum:tuple = ('easy', 'random', 'hard')  # batches of stages 1, 2, 3; 'median' can stand for 'random'
@@ -142,10 +144,11 @@ def share_out(total:int, # how much there is
         else: parts[owed.index(min(o for o, n in zip(owed, parts) if n > 1))] -= 1
     return tuple(parts)
 
-# %% ../nbs/00_core.ipynb #f16992e4
+# %% ../nbs/00_core.ipynb #b74d4f6e
 KINDS = 'easy', 'random', 'median', 'hard'
 _CHOICES = dict(corpus=('synthesised', 'recordings', 'audiocaps', 'clotho', 'manifest'), text_pool=('cls', 'mean'),
-                schedule=('step', 'cosine', 'constant'), ancillary=('audio', 'text', 'both'))
+                schedule=('step', 'cosine', 'constant'), ancillary=('audio', 'text', 'both'),
+                loss=('nt_xent', 'nt_xent_hardest', 'triplet_max'))
 _POSITIVE = 'seconds hop width head_hidden joint_dim epochs lr text_lr lr_step tau'.split()
 
 def _check_profile(p):
