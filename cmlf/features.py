@@ -144,7 +144,7 @@ def _ahead(read, indices, workers):
             if len(waiting) > 4 * workers: yield waiting.popleft().result()
         while waiting: yield waiting.popleft().result()
 
-# %% ../nbs/01_features.ipynb #92552eea
+# %% ../nbs/01_features.ipynb #4ed59196
 def _header(shape):
     "The first bytes of a float16 .npy file of that shape."
     head = io.BytesIO()
@@ -155,7 +155,7 @@ def _resume(part, shape):
     "Open a part file behind its last whole row; return it and the number of rows done."
     head, row = _header(shape), 2 * shape[1] * shape[2]
     part.touch()
-    done = max(0, part.stat().st_size - len(head)) // row
+    done = min(shape[0], max(0, part.stat().st_size - len(head)) // row)
     need, free = row * (shape[0] - done), shutil.disk_usage(part.parent).free
     if need > free: raise CmlfError(f'{part.parent}: the store needs {need / 1e9:.1f} GB, {free / 1e9:.1f} are free')
     f = open(part, 'r+b')
@@ -164,7 +164,7 @@ def _resume(part, shape):
     f.seek(0, os.SEEK_END)
     return f, done
 
-# %% ../nbs/01_features.ipynb #4fd8c2ad
+# %% ../nbs/01_features.ipynb #2ed282bf
 def _clip(wave, key, seconds, rate):
     "A waveform that may enter a store, or an error that names its clip."
     wave = np.asarray(wave, dtype=np.float32)
@@ -176,7 +176,7 @@ def _write_rows(part, shape, keys, read, log_mel, seconds, workers, batch):
     "Append the rows that `part` lacks."
     f, done = _resume(part, shape)
     waves = _ahead(read, range(done, len(keys)), workers)
-    with f, Progress(len(keys), part.name.split('-')[0]) as bar, torch.inference_mode():
+    with f, Progress(len(keys), part.stem.rpartition('-')[0]) as bar, torch.inference_mode():
         bar.step(done)
         for start in range(done, len(keys), batch):
             some = np.stack([_clip(next(waves), k, seconds, log_mel.sample_rate) for k in keys[start:start + batch]])

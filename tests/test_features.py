@@ -1,0 +1,247 @@
+"Files of many formats, killed builds, two builders at once, bad files."
+import multiprocessing as mp
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import librosa
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+
+from cmlf.core import CmlfError, content_hash
+from cmlf.features import HOP, N_FFT, SAMPLE_RATE, FeatureStore, LogMel, build_store, fit, load_audio
+
+
+def tone(rate, seconds=1.0, f0=1000):
+    t = np.arange(round(rate * seconds)) / rate
+    return .5 * np.sin(2 * np.pi * f0 * t)
+
+
+FORMATS = [('wav', 'PCM_U8', 1e-2), ('wav', 'PCM_16', 1e-3), ('wav', 'PCM_24', 1e-3), ('wav', 'PCM_32', 1e-3),
+           ('wav', 'FLOAT', 1e-3), ('wav', 'DOUBLE', 1e-3), ('flac', 'PCM_16', 1e-3), ('flac', 'PCM_24', 1e-3),
+           ('aiff', 'PCM_16', 1e-3), ('ogg', 'VORBIS', 5e-2), ('mp3', 'MPEG_LAYER_III', 5e-2)]
+
+
+@pytest.mark.parametrize('ext,subtype,atol', FORMATS)
+def test_formats(tmp_path, ext, subtype, atol):
+    path = tmp_path / f'tone.{ext}'
+    sf.write(path, tone(SAMPLE_RATE), SAMPLE_RATE, subtype=subtype)
+    wave = load_audio(path)
+    assert wave.dtype == np.float32 and wave.ndim == 1 and np.abs(wave).max() <= 1
+    middle = slice(SAMPLE_RATE // 4, SAMPLE_RATE // 2)
+    if ext == 'mp3':  # its decoder may shift the sound: compare loudness only
+        assert abs(wave[middle].std() - .5 / np.sqrt(2)) < atol
+    else:
+        assert np.abs(wave - tone(SAMPLE_RATE))[middle].max() < atol
+
+
+@pytest.mark.parametrize('rate', [8000, 11025, 16000, 22050, 32000, 44100, 48000, 96000])
+@pytest.mark.parametrize('channels', [1, 2, 6])
+def test_rates_and_channels(tmp_path, rate, channels):
+    path = tmp_path / 'tone.wav'
+    sf.write(path, np.repeat(tone(rate)[:, None], channels, 1), rate)
+    wave = load_audio(path)
+    assert wave.shape == (SAMPLE_RATE,)
+    assert np.abs(wave - tone(SAMPLE_RATE))[1000:-1000].max() < 2e-3
+
+
+def test_channels_are_averaged(tmp_path):
+    sf.write(tmp_path / 'a.wav', np.stack([tone(SAMPLE_RATE), 0 * tone(SAMPLE_RATE)], 1), SAMPLE_RATE)
+    assert np.allclose(load_audio(tmp_path / 'a.wav'), tone(SAMPLE_RATE) / 2, atol=1e-4)
+
+
+def test_beyond_full_scale_is_scaled(tmp_path):
+    sf.write(tmp_path / 'hot.wav', 6 * tone(SAMPLE_RATE), SAMPLE_RATE, subtype='FLOAT')
+    assert np.allclose(load_audio(tmp_path / 'hot.wav'), 2 * tone(SAMPLE_RATE), atol=1e-3)
+
+
+@pytest.mark.parametrize('rate', [16000, 44100])
+def test_seconds_cuts_and_pads(tmp_path, rate):
+    sf.write(tmp_path / 'a.flac', tone(rate, 3), rate)
+    whole = load_audio(tmp_path / 'a.flac')
+    assert np.allclose(load_audio(tmp_path / 'a.flac', 1.5), fit(whole, 1.5), atol=1e-5)
+    longer = load_audio(str(tmp_path / 'a.flac'), 4)
+    assert longer.shape == (4 * SAMPLE_RATE,) and not longer[len(whole):].any()
+
+
+def bad_files(folder):
+    (folder / 'text.wav').write_text('no sound at all')
+    (folder / 'zero-bytes.wav').touch()
+    (folder / 'folder.wav').mkdir()
+    (folder / 'raw.raw').write_bytes(bytes(1000))
+    sf.write(folder / 'empty.wav', np.zeros(0), SAMPLE_RATE)
+    sf.write(folder / 'empty.flac', np.zeros(0), 44100)
+    sf.write(folder / 'short.wav', np.zeros(N_FFT - 1), SAMPLE_RATE)
+    sf.write(folder / 'short-8k.wav', np.zeros(200), 8000)
+    sf.write(folder / 'nan.wav', np.array([0, np.nan] * 4000), SAMPLE_RATE, subtype='FLOAT')
+    sf.write(folder / 'inf.wav', np.array([0, np.inf] * 4000), SAMPLE_RATE, subtype='FLOAT')
+    return ['missing.wav', *sorted(p.name for p in folder.iterdir())]
+
+
+def test_bad_files_are_named_in_one_line(tmp_path):
+    for name in bad_files(tmp_path):
+        for seconds in (None, 2.0):
+            with pytest.raises(CmlfError) as e:
+                load_audio(tmp_path / name, seconds)
+            assert name in str(e.value) and '\n' not in str(e.value)
+
+
+def test_one_window_is_enough(tmp_path):
+    sf.write(tmp_path / 'a.wav', np.zeros(N_FFT), SAMPLE_RATE)
+    assert load_audio(tmp_path / 'a.wav').shape == (N_FFT,)
+
+
+def test_truncated_file_gives_what_it_holds_or_its_name(tmp_path):
+    for ext in ('wav', 'flac', 'ogg'):
+        sf.write(tmp_path / f'a.{ext}', np.random.default_rng(0).uniform(-.5, .5, SAMPLE_RATE), SAMPLE_RATE)
+        data = (tmp_path / f'a.{ext}').read_bytes()
+        (tmp_path / f'cut.{ext}').write_bytes(data[:len(data) // 2])
+        try:
+            assert np.isfinite(load_audio(tmp_path / f'cut.{ext}')).all()
+        except CmlfError as e:
+            assert f'cut.{ext}' in str(e)
+
+
+@pytest.mark.parametrize('hop', [160, HOP, 640])
+@pytest.mark.parametrize('samples', [1025, 32000, 50001])
+def test_frames_and_parity(hop, samples):
+    x = np.random.default_rng(samples).uniform(-1, 1, (2, samples)).astype(np.float32)
+    front = LogMel(hop=hop)
+    F = front(x)
+    assert F.shape == (2, front.frames(samples), 64) and F.dtype == torch.float32
+    for row, wave in zip(F, x):
+        S = librosa.feature.melspectrogram(y=wave.astype(np.float64), sr=SAMPLE_RATE, n_fft=1024, hop_length=hop,
+                                           n_mels=64, fmin=50, fmax=14000, power=2.0, pad_mode='reflect')
+        assert np.abs(row.numpy() - librosa.power_to_db(S, top_db=None).T).max() < 1e-3
+
+
+def test_log_mel_is_differentiable_and_batch_independent():
+    x = torch.rand(3, 4000, requires_grad=True)
+    F = LogMel()(x)
+    F.sum().backward()
+    assert torch.isfinite(x.grad).all() and torch.allclose(F[1:2], LogMel()(x[1:2]), atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def test_gpu_agrees():
+    x = torch.rand(4, 64000) * 2 - 1
+    assert (LogMel().cuda()(x).cpu() - LogMel()(x)).abs().max() < 1e-3
+
+
+# ---- the store
+
+def make(i):
+    return np.random.default_rng(i).uniform(-1, 1, 16000).astype(np.float32)
+
+
+def build(folder, n, read=make, **kw):
+    return build_store(folder, [f'clip {i}' for i in range(n)], read, LogMel(), .5, **kw)
+
+
+def slow(i):
+    time.sleep(.05)
+    return make(i)
+
+
+SCRIPT = """
+import sys; sys.path.insert(0, {tests!r})
+from test_features import build, slow
+build({folder!r}, 60, slow, batch=2)
+"""
+
+
+def test_kill_and_resume(tmp_path):
+    script = SCRIPT.format(tests=os.path.dirname(__file__), folder=str(tmp_path))
+    child = subprocess.Popen([sys.executable, '-c', script], stderr=subprocess.DEVNULL)
+    row = 51 * 64 * 2
+    for _ in range(1200):
+        part = next(tmp_path.glob('*.part'), None)
+        if part and part.stat().st_size > 6 * row: break
+        assert child.poll() is None, 'the child ended before it could be killed'
+        time.sleep(.05)
+    child.send_signal(signal.SIGKILL); child.wait()
+    assert not list(tmp_path.glob('*.npy'))
+    done = (part.stat().st_size - 128) // row
+    with open(part, 'ab') as f: f.write(b'half a row')
+    seen = []
+    store = build(tmp_path, 60, lambda i: seen.append(i) or make(i))
+    assert 6 <= done < 60 and seen == list(range(done, 60))
+    assert np.array_equal(store.rows, build(tmp_path / 'whole', 60).rows)
+    assert not list(tmp_path.glob('*.part'))
+
+
+def build_and_count(folder, results):
+    seen = []
+    store = build(folder, 20, lambda i: seen.append(i) or slow(i), workers=2)
+    results.put((len(seen), content_hash(np.array(store.rows))))
+
+
+def test_two_processes_share_one_build(tmp_path):
+    spawn = mp.get_context('spawn')
+    results = spawn.Queue()
+    both = [spawn.Process(target=build_and_count, args=(tmp_path, results)) for _ in range(2)]
+    for p in both: p.start()
+    found = [results.get(timeout=120) for _ in both]
+    for p in both: p.join()
+    assert sorted(n for n, _ in found) == [0, 20] and found[0][1] == found[1][1]
+    assert len(list(tmp_path.glob('*.npy'))) == 1
+
+
+def test_workers_and_batches_do_not_matter(tmp_path):
+    stores = [build(tmp_path / f'{w}-{b}', 9, workers=w, batch=b) for w, b in ((0, 1), (3, 4), (1, 100))]
+    for other in stores[1:]:
+        assert np.array_equal(stores[0].rows, other.rows)
+
+
+def test_key_follows_content_settings_and_length(tmp_path):
+    read = make
+    paths = [build_store(tmp_path, keys, read, front, seconds).path for keys, front, seconds in
+             ((['a', 'b'], LogMel(), .5), (['b', 'a'], LogMel(), .5), (['a', 'c'], LogMel(), .5),
+              (['a', 'b'], LogMel(fmin=20), .5), (['a', 'b'], LogMel(), .6))]
+    assert len(set(paths)) == 5
+    assert build_store(tmp_path, ['a', 'b'], read, LogMel(hop=320), .5).path == paths[0]
+
+
+def test_reading_by_index(tmp_path):
+    import pickle
+    store = build(tmp_path, 8)
+    assert isinstance(store.rows, np.memmap) and not store.rows.flags.writeable
+    for indices in ([5, 1], np.array([5, 1]), torch.tensor([5, 1])):
+        assert store[indices].dtype == torch.float32 and torch.equal(store[indices][1], store[1])
+    assert store[2:4].shape == (2, 51, 64) and len(list(store)) == 8
+    with pytest.raises(IndexError): store[[8]]
+    pickled = pickle.dumps(store)
+    assert len(pickled) < 500 and torch.equal(pickle.loads(pickled)[[3]], store[[3]])
+
+
+def test_values_are_within_004_db(tmp_path):
+    front = LogMel()
+    loud = [np.sign(np.sin(np.arange(16000) / k)).astype(np.float32) for k in (3, 30, 300)]
+    store = build_store(tmp_path, ['x', 'y', 'z'], loud.__getitem__, front, .5)
+    assert (store[[0, 1, 2]] - front(np.stack(loud))).abs().max() < .04
+
+
+def test_bad_clip_is_named_and_the_rest_kept(tmp_path):
+    for bad in (np.array([np.nan] * 9), np.zeros((2, 9)), np.zeros(0)):
+        with pytest.raises(CmlfError, match='clip 5'):
+            build(tmp_path, 9, lambda i: bad if i == 5 else make(i), batch=2, workers=2)
+    assert len(build(tmp_path, 9)) == 9
+    with pytest.raises(CmlfError, match='no clips'): build(tmp_path, 0)
+
+
+def test_damaged_store_is_named(tmp_path):
+    store = build(tmp_path, 4)
+    path, data = store.path, store.path.read_bytes()
+    del store
+    path.write_bytes(data[:-100])
+    with pytest.raises(CmlfError, match=path.name): FeatureStore(path)
+
+
+def test_full_disk_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr('shutil.disk_usage', lambda p: types.SimpleNamespace(free=1000))
+    with pytest.raises(CmlfError, match='GB'): build(tmp_path, 4)
