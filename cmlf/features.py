@@ -83,7 +83,7 @@ def mel_filters(n_mels:int=N_MELS, # bands
     if not M.any(1).all(): raise CmlfError(f'n_mels={n_mels} is too many for n_fft={n_fft}: some bands are empty')
     return torch.from_numpy(M.T.copy())
 
-# %% ../nbs/01_features.ipynb #58dedd90
+# %% ../nbs/01_features.ipynb #672f4951
 class LogMel(nn.Module):
     "Waveforms (B, samples) at 32 kHz -> log-mel (B, samples // hop + 1, n_mels) in dB, as PANNs' front end."
     def __init__(self,
@@ -113,8 +113,8 @@ class LogMel(nn.Module):
             raise CmlfError(f'waveforms of shape {tuple(wave.shape)}: should be (B, samples), samples > {self.n_fft // 2}')
         with torch.autocast(wave.device.type, enabled=False):
             X = torch.stft(wave.double(), self.n_fft, self.hop, window=self.window, center=True,
-                           pad_mode='reflect', return_complex=True)
-            P = (X.real.square() + X.imag.square()).float().transpose(1, 2)
+                           pad_mode='reflect', return_complex=True).transpose(1, 2)
+            P = (X.real.square() + X.imag.square()).float()
             return 10 * (P @ self.mel).clamp_min(AMIN).log10()
 
 # %% ../nbs/01_features.ipynb #5b8a5ba4
@@ -184,7 +184,7 @@ def _write_rows(part, shape, keys, read, log_mel, seconds, workers, batch):
             bar.step(len(some))
         os.fsync(f.fileno())
 
-# %% ../nbs/01_features.ipynb #faa1812c
+# %% ../nbs/01_features.ipynb #7bb89798
 STORE_VERSION = 1  # raise it when the same settings come to mean other numbers
 
 def build_store(folder, # where stores live
@@ -194,7 +194,7 @@ def build_store(folder, # where stores live
                 seconds:float, # clips are padded or cut at the end to this length
                 what:str='log-mel', # first part of the file's name
                 workers:int=0, # threads that read ahead
-                batch:int=16, # clips per call of `log_mel`
+                batch:int=4, # clips per call of `log_mel`; few, to stay in the processor's cache
                ) -> FeatureStore:
     "The store of these clips' log-mels: opened if it exists, else built, from where a killed build left off."
     keys, seconds = list(keys), float(seconds)
