@@ -7,8 +7,8 @@ __all__ = ['SYNTHESISED', 'EVENTS', 'SPLITS', 'TAKES', 'Kind', 'Library', 'level
            'events_folder', 'recording_library', 'Event', 'Scene', 'draw_scenes', 'render_scene', 'caption_scene',
            'compose', 'tagging_corpus']
 
-# %% ../nbs/03_soundscapes.ipynb #bb141e66
-import csv, functools, json, math, os, re
+# %% ../nbs/03_soundscapes.ipynb #05d82da2
+import csv, functools, json, os, re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,12 +19,14 @@ from .core import CmlfError, Profile, content_hash, one_of, rng
 from .data import Clip, Corpus, clean_caption
 from .features import SAMPLE_RATE, load_audio
 
-# %% ../nbs/03_soundscapes.ipynb #5f4d7c1b
+# %% ../nbs/03_soundscapes.ipynb #f024c338
+def _n(seconds): return max(1, round(seconds*SAMPLE_RATE))
+
 def _t(seconds):
     "Time of every sample, in seconds."
-    return np.arange(max(1, round(seconds*SAMPLE_RATE)))/SAMPLE_RATE
+    return np.arange(_n(seconds))/SAMPLE_RATE
 
-def _noise(r, seconds): return r.uniform(-1, 1, len(_t(seconds)))
+def _noise(r, seconds): return r.uniform(-1, 1, _n(seconds))
 
 @functools.lru_cache(None)
 def _filter(lo, hi):
@@ -36,14 +38,17 @@ def _band(x, lo, hi=None):
     "`x` between `lo` and `hi` hertz; `None` leaves that side open."
     return signal.sosfilt(_filter(lo and round(lo), hi and round(hi)), x)
 
-# %% ../nbs/03_soundscapes.ipynb #8f9cc596
-def _phase(f): return np.cumsum(f)/SAMPLE_RATE
+# %% ../nbs/03_soundscapes.ipynb #52684a75
+def _turn(f):
+    "Where in its cycle the wave is, in [0, 1)."
+    phase = np.cumsum(f)/SAMPLE_RATE
+    return phase - np.floor(phase)
 
-def _sine(f): return np.sin(2*np.pi*_phase(f))
+def _sine(f): return np.sin((2*np.pi*_turn(f)).astype(np.float32))
 
-def _saw(f): return 2*(_phase(f) % 1) - 1
+def _saw(f): return 2*_turn(f) - 1
 
-def _steady(f, seconds): return np.full(len(_t(seconds)), float(f))
+def _steady(f, seconds): return np.full(_n(seconds), float(f))
 
 def _hump(n):
     "A rounded rise and fall over `n` samples."
@@ -54,7 +59,7 @@ def _decay(n, tau):
     t = np.arange(n)/SAMPLE_RATE
     return np.minimum(1, t/.002)*np.exp(-t/tau)
 
-# %% ../nbs/03_soundscapes.ipynb #dbe5d691
+# %% ../nbs/03_soundscapes.ipynb #91741259
 def _beats(r, seconds, rate, loose=.1):
     "Onset times at about `rate` a second, each gap off by up to the fraction `loose`."
     at, times = min(r.uniform(0, .6)/rate, .2*seconds), []
@@ -65,7 +70,7 @@ def _beats(r, seconds, rate, loose=.1):
 
 def _place(r, sounds, times, seconds):
     "The `sounds` in turn at `times`, each a little louder or softer."
-    out = np.zeros(len(_t(seconds)))
+    out = np.zeros(_n(seconds))
     for i, at in enumerate(times):
         x, a = sounds[i % len(sounds)], round(at*SAMPLE_RATE)
         x = x[:len(out) - a]
@@ -80,24 +85,24 @@ def _event(make):
     SYNTHESISED[make.__name__[1:]] = make
     return make
 
-# %% ../nbs/03_soundscapes.ipynb #6337480c
+# %% ../nbs/03_soundscapes.ipynb #e53c586d
 @_event
 def _dog(r, seconds, rate, pitch):
-    f = pitch*r.uniform(360, 440)*(.7 + .6*_hump(len(_t(.17))))
+    f = pitch*r.uniform(360, 440)*(.7 + .6*_hump(_n(.17)))
     bark = _band(_saw(f) + .5*_noise(r, .17), 350*pitch, 2600*pitch)*_hump(len(f))
     return _place(r, [bark, .8*bark], _beats(r, seconds, rate*r.uniform(2, 2.4), .25), seconds)
 
 @_event
 def _cat(r, seconds, rate, pitch):
-    n = len(_t(.75))
+    n = _n(.75)
     f = pitch*r.uniform(560, 640)*(1 + .35*_hump(n) - .25*np.linspace(0, 1, n))
     meow = _band(_saw(f), 700*pitch, 2200*pitch)*_hump(n)
     return _place(r, [meow], _beats(r, seconds, rate*r.uniform(.95, 1.1)), seconds)
 
-# %% ../nbs/03_soundscapes.ipynb #4808ef44
+# %% ../nbs/03_soundscapes.ipynb #0f4ab554
 @_event
 def _chirping_birds(r, seconds, rate, pitch):
-    top, n = pitch*r.uniform(3800, 4600), len(_t(.07))
+    top, n = pitch*r.uniform(3800, 4600), _n(.07)
     songs = [_sine(np.linspace(top*a, top*b, n))*_hump(n) for a, b in ((1.2, .8), (.9, 1.25), (1.3, 1))]
     return _place(r, songs, _beats(r, seconds, rate*r.uniform(5, 6), .35), seconds)
 
@@ -105,22 +110,23 @@ def _chirping_birds(r, seconds, rate, pitch):
 def _crickets(r, seconds, rate, pitch):
     t, beat = _t(seconds), rate*r.uniform(2.6, 3.1)
     pulses = np.maximum(0, np.sin(2*np.pi*r.uniform(42, 50)*t))
-    return _sine(_steady(pitch*r.uniform(4900, 5500), seconds))*pulses*((t*beat + r.uniform(0, 1)) % 1 < .55)
+    bursts = np.clip(6*np.sin(2*np.pi*(t*beat + r.uniform(0, 1))), 0, 1)
+    return _sine(_steady(pitch*r.uniform(4900, 5500), seconds))*pulses*bursts
 
-# %% ../nbs/03_soundscapes.ipynb #83accdc4
+# %% ../nbs/03_soundscapes.ipynb #3024a124
 @_event
 def _frog(r, seconds, rate, pitch):
-    n, low = len(_t(.24)), pitch*r.uniform(480, 560)
+    n, low = _n(.24), pitch*r.uniform(480, 560)
     croak = _band(_saw(_steady(r.uniform(48, 58), .24)), low, 1.7*low)*_hump(n)
     return _place(r, [croak], _beats(r, seconds, rate*r.uniform(1.9, 2.2)), seconds)
 
 @_event
 def _owl(r, seconds, rate, pitch):
     f0, lengths = pitch*r.uniform(360, 420), (.4, .17, .17)
-    hoots = [_sine(f0*(1 - .08*np.linspace(0, 1, len(_t(s)))))*_hump(len(_t(s))) for s in lengths]
+    hoots = [_sine(f0*(1 - .08*np.linspace(0, 1, _n(s))))*_hump(_n(s)) for s in lengths]
     return _place(r, hoots, _beats(r, seconds, rate*r.uniform(1.8, 2.1), .2), seconds)
 
-# %% ../nbs/03_soundscapes.ipynb #4206c6b3
+# %% ../nbs/03_soundscapes.ipynb #030d3a2e
 @_event
 def _insects(r, seconds, rate, pitch):
     t, f0 = _t(seconds), pitch*r.uniform(190, 230)
@@ -129,15 +135,15 @@ def _insects(r, seconds, rate, pitch):
 
 @_event
 def _cow(r, seconds, rate, pitch):
-    n = len(_t(1.1))
+    n = _n(1.1)
     f = pitch*r.uniform(125, 150)*(1 + .3*_hump(n))
     moo = (_band(_saw(f), 180, 700*pitch) + .3*_band(_saw(f), 900, 1500))*_hump(n)
     return _place(r, [moo], _beats(r, seconds, rate*r.uniform(.7, .8)), seconds)
 
-# %% ../nbs/03_soundscapes.ipynb #7df219e9
+# %% ../nbs/03_soundscapes.ipynb #c861a68b
 @_event
 def _rain(r, seconds, rate, pitch):
-    drops = _noise(r, seconds)*(r.uniform(0, 1, len(_t(seconds))) < .002)
+    drops = _noise(r, seconds)*(r.uniform(0, 1, _n(seconds)) < .002)
     return _band(_noise(r, seconds), 1200, 11000) + 8*_band(drops, 1500, r.uniform(5000, 7000))
 
 @_event
@@ -146,7 +152,7 @@ def _wind(r, seconds, rate, pitch):
     gust = .5 + .5*np.sin(2*np.pi*r.uniform(.3, .5)*t + r.uniform(0, 6))
     return .5*_band(x, 120, 420*pitch) + gust**2*_band(x, 480*pitch, 760*pitch)
 
-# %% ../nbs/03_soundscapes.ipynb #eba090dc
+# %% ../nbs/03_soundscapes.ipynb #39316ce8
 @_event
 def _thunderstorm(r, seconds, rate, pitch):
     length = min(seconds, 2.4)
@@ -163,7 +169,7 @@ def _sea_waves(r, seconds, rate, pitch):
 
 @_event
 def _water_drops(r, seconds, rate, pitch):
-    n, f0 = len(_t(.09)), pitch*r.uniform(850, 1050)
+    n, f0 = _n(.09), pitch*r.uniform(850, 1050)
     drips = [_sine(np.linspace(f0*a, 1.9*f0*a, n))*_decay(n, .022) for a in (1, 1.15, .9)]
     return _place(r, drips, _beats(r, seconds, rate*r.uniform(2.6, 3.1), .3), seconds)
 
@@ -183,7 +189,7 @@ def _airplane(r, seconds, rate, pitch):
     f = pitch*r.uniform(95, 110)
     return _band(_saw(_steady(f, seconds)) + _saw(_steady(f*1.02, seconds)) + .5*_noise(r, seconds), 80, 1100)
 
-# %% ../nbs/03_soundscapes.ipynb #ebb84222
+# %% ../nbs/03_soundscapes.ipynb #1b8ba6e9
 @_event
 def _chainsaw(r, seconds, rate, pitch):
     rev = np.sin(2*np.pi*r.uniform(.5, .7)*_t(seconds) + r.uniform(0, 6))
@@ -192,44 +198,44 @@ def _chainsaw(r, seconds, rate, pitch):
 
 @_event
 def _car_horn(r, seconds, rate, pitch):
-    f, n = pitch*r.uniform(400, 440), len(_t(.38))
+    f, n = pitch*r.uniform(400, 440), _n(.38)
     honk = _band(_saw(np.full(n, f)) + _saw(np.full(n, f*1.26)), 350, 2600)*np.minimum(1, 6*_hump(n))
     return _place(r, [honk], _beats(r, seconds, rate*r.uniform(1.5, 1.7)), seconds)
 
 @_event
 def _train(r, seconds, rate, pitch):
-    x, n = _noise(r, .22), len(_t(.22))
+    x, n = _noise(r, .22), _n(.22)
     puff = (_band(x, 250, 3200) + .6*_band(x, 80, 200))*_decay(n, .07)
     return _place(r, [1.3*puff, .7*puff, puff, .7*puff], _beats(r, seconds, rate*r.uniform(3.8, 4.4), .03), seconds)
 
-# %% ../nbs/03_soundscapes.ipynb #2d47a427
+# %% ../nbs/03_soundscapes.ipynb #74249dcf
 @_event
 def _clock_tick(r, seconds, rate, pitch):
-    n, f = len(_t(.03)), r.uniform(2600, 3200)
+    n, f = _n(.03), r.uniform(2600, 3200)
     tick, tock = (_sine(np.full(n, a*f))*_decay(n, .006) for a in (1, .8))
     return _place(r, [tick, tock], _beats(r, seconds, rate*r.uniform(2.3, 2.6), .01), seconds)
 
 @_event
 def _keyboard_typing(r, seconds, rate, pitch):
-    n = len(_t(.03))
+    n = _n(.03)
     keys = [_band(_noise(r, .03), 1200*a, 5000*a)*_decay(n, .007) for a in (1, 1.3, .8, 1.1)]
     return _place(r, keys, _beats(r, seconds, rate*r.uniform(7.5, 9), .6), seconds)
 
-# %% ../nbs/03_soundscapes.ipynb #0fea105f
+# %% ../nbs/03_soundscapes.ipynb #ad1990c9
 @_event
 def _hammer(r, seconds, rate, pitch):
-    n, f = len(_t(.3)), pitch*r.uniform(1250, 1450)
+    n, f = _n(.3), pitch*r.uniform(1250, 1450)
     ring = sum(_sine(np.full(n, f*k))*_decay(n, .09/k) for k in (1, 2.31, 3.87))
     return _place(r, [ring + _band(_noise(r, .3), 500)*_decay(n, .01)], _beats(r, seconds, rate*r.uniform(1.6, 1.9)), seconds)
 
 @_event
 def _door_wood_knock(r, seconds, rate, pitch):
-    n, f = len(_t(.1)), r.uniform(170, 210)
+    n, f = _n(.1), r.uniform(170, 210)
     thud = _sine(np.full(n, f))*_decay(n, .03) + .4*_band(_noise(r, .1), 300, 1200)*_decay(n, .012)
     times = [a + k/(rate*6) for a in _beats(r, seconds, .8*rate) for k in range(3)]
     return _place(r, [thud], [t for t in times if t < seconds], seconds)
 
-# %% ../nbs/03_soundscapes.ipynb #166f36ac
+# %% ../nbs/03_soundscapes.ipynb #95d44f3c
 @_event
 def _hand_saw(r, seconds, rate, pitch):
     stroke = (rate*r.uniform(1.1, 1.3)*_t(seconds) + r.uniform(0, 1)) % 1
@@ -245,12 +251,12 @@ def _vacuum_cleaner(r, seconds, rate, pitch):
 
 @_event
 def _drill(r, seconds, rate, pitch):
-    n = len(_t(.8))
+    n = _n(.8)
     spin = pitch*r.uniform(380, 440)*np.minimum(1, .3 + np.arange(n)/SAMPLE_RATE/.25)
     whirr = _band(_saw(spin) + .5*_saw(2.02*spin), 700, 7000)*np.minimum(1, 5*_hump(n))
     return _place(r, [whirr], _beats(r, seconds, r.uniform(.85, .95)), seconds)
 
-# %% ../nbs/03_soundscapes.ipynb #70e715a0
+# %% ../nbs/03_soundscapes.ipynb #fde1cb41
 @_event
 def _siren(r, seconds, rate, pitch):
     sweep = np.abs(2*((rate*r.uniform(.42, .5)*_t(seconds) + r.uniform(0, 1)) % 1) - 1)
@@ -259,22 +265,22 @@ def _siren(r, seconds, rate, pitch):
 
 @_event
 def _church_bells(r, seconds, rate, pitch):
-    n, f = len(_t(1.8)), pitch*r.uniform(300, 350)
+    n, f = _n(1.8), pitch*r.uniform(300, 350)
     partials = ((.5, 1.2), (1, .9), (1.19, .7), (1.5, .5), (2, .4), (2.74, .25), (3.76, .15))
     bell = sum(_sine(np.full(n, f*k))*_decay(n, tau) for k, tau in partials)
     return _place(r, [bell], _beats(r, seconds, rate*r.uniform(.9, 1), .05), seconds)
 
 @_event
 def _clock_alarm(r, seconds, rate, pitch):
-    n = len(_t(.07))
+    n = _n(.07)
     beep = np.sign(_sine(np.full(n, pitch*r.uniform(1900, 2200))))*np.minimum(1, 8*_hump(n))
     times = [a + k*.11/rate for a in _beats(r, seconds, rate*r.uniform(1.25, 1.4), .02) for k in range(4)]
     return _place(r, [beep], [t for t in times if t < seconds], seconds)
 
-# %% ../nbs/03_soundscapes.ipynb #5ab887fa
+# %% ../nbs/03_soundscapes.ipynb #794be450
 @_event
 def _telephone(r, seconds, rate, pitch):
-    n = len(_t(.8))
+    n = _n(.8)
     trill = np.sin(2*np.pi*r.uniform(19, 22)*np.arange(n)/SAMPLE_RATE) > 0
     f = pitch*r.uniform(1150, 1300)
     ring = (_sine(np.where(trill, f, 1.22*f)) + .4*_sine(np.where(trill, 2.4*f, 2.9*f)))*np.minimum(1, 6*_hump(n))
@@ -282,21 +288,21 @@ def _telephone(r, seconds, rate, pitch):
 
 @_event
 def _doorbell(r, seconds, rate, pitch):
-    n, f = len(_t(.7)), pitch*r.uniform(640, 700)
+    n, f = _n(.7), pitch*r.uniform(640, 700)
     ding, dong = ((_sine(np.full(n, g)) + .3*_sine(np.full(n, 3*g)))*_decay(n, .22) for g in (f, .794*f))
     times = [a + k*.42 for a in _beats(r, seconds, r.uniform(.72, .8)) for k in (0, 1)]
     return _place(r, [ding, dong], [t for t in times if t < seconds], seconds)
 
-# %% ../nbs/03_soundscapes.ipynb #36b3f9d1
+# %% ../nbs/03_soundscapes.ipynb #33b1f2fd
 @_event
 def _footsteps(r, seconds, rate, pitch):
-    n, x = len(_t(.16)), _noise(r, .16)
+    n, x = _n(.16), _noise(r, .16)
     step = 3*_band(x, 70, r.uniform(220, 280))*_decay(n, .035) + .5*_band(x, 1500, 4500)*_hump(n)**4
     return _place(r, [step, .85*step], _beats(r, seconds, rate*r.uniform(1.8, 2.1), .05), seconds)
 
 @_event
 def _clapping(r, seconds, rate, pitch):
-    n, f = len(_t(.07)), r.uniform(950, 1150)
+    n, f = _n(.07), r.uniform(950, 1150)
     claps = [_band(_noise(r, .07), f*a, 2.1*f*a)*_decay(n, .014) for a in (1, 1.1, .92)]
     return _place(r, claps, _beats(r, seconds, rate*r.uniform(3.6, 4.2), .08), seconds)
 
@@ -307,24 +313,24 @@ def _snoring(r, seconds, rate, pitch):
     snore = (4*_band(x, 90, 500)*rasp + .3*_band(x, 800, 2500))*_hump(len(x))**2
     return _place(r, [snore], _beats(r, seconds, rate*r.uniform(.72, .8), .05), seconds)
 
-# %% ../nbs/03_soundscapes.ipynb #03a3fa58
+# %% ../nbs/03_soundscapes.ipynb #187d85c5
 @_event
 def _whistling(r, seconds, rate, pitch):
-    n, f0 = len(_t(.28)), pitch*r.uniform(1350, 1500)
+    n, f0 = _n(.28), pitch*r.uniform(1350, 1500)
     vibrato = 1 + .012*np.sin(2*np.pi*6*np.arange(n)/SAMPLE_RATE)
     tune = [_sine(f0*2**(k/12)*vibrato*np.linspace(.97, 1, n))*_hump(n) for k in r.integers(0, 10, 6)]
     return _place(r, tune, _beats(r, seconds, rate*r.uniform(3, 3.4), .1), seconds)
 
 @_event
 def _crying_baby(r, seconds, rate, pitch):
-    n = len(_t(.85))
+    n = _n(.85)
     f = pitch*r.uniform(430, 490)*(1 + .3*_hump(n))*(1 + .02*np.sin(2*np.pi*7*np.arange(n)/SAMPLE_RATE))
     wail = (_band(_saw(f), 900*pitch, 1700*pitch) + .8*_band(_saw(f), 2800, 4200))*_hump(n)
     return _place(r, [wail], _beats(r, seconds, rate*r.uniform(.95, 1.05)), seconds)
 
 @_event
 def _laughing(r, seconds, rate, pitch):
-    n, f0 = len(_t(.12)), pitch*r.uniform(230, 270)
+    n, f0 = _n(.12), pitch*r.uniform(230, 270)
     ha = [_band(_saw(f0*a*np.linspace(1.1, .85, n)) + .4*_noise(r, .12), 500, 1400)*_hump(n) for a in (1.3, 1.15, 1, .9, .8)]
     times = [a + k/(rate*5.2) for a in _beats(r, seconds, .75*rate) for k in range(5)]
     return _place(r, ha, [t for t in times if t < seconds], seconds)
@@ -352,7 +358,7 @@ def _kinds(family, table):
         EVENTS[name] = Kind(name, family, attributes, 'L' in letters, *(
             tuple(p.strip() for p in text.split(';')) for text in (clauses, nouns)))
 
-# %% ../nbs/03_soundscapes.ipynb #18bea99d
+# %% ../nbs/03_soundscapes.ipynb #43c0e17a
 _kinds('animals', '''
     dog vdp: barking of a dog; yapping of a dog; sound of a dog barking
     a dog barks/barking; a dog yaps/yapping; a hound woofs/woofing
@@ -365,7 +371,7 @@ _kinds('animals', '''
     frog vdpr: croaking of a frog; croak of a toad; sound of a frog croaking
     a frog croaks/croaking; a toad croaks/croaking; a frog ribbits/ribbiting
     cat vdp: meowing of a cat; mewing of a kitten; sound of a cat meowing
-    a cat meows/meowing; a kitten mews/mewing; a cat calls/calling with a meow
+    a cat meows/meowing; a kitten mews/mewing; a kitten meows/meowing
     hen vp: clucking of a hen; cackling of a chicken; sound of a hen clucking
     a hen clucks/clucking; a chicken clucks/clucking; a hen cackles/cackling
     insects vpL: buzzing of an insect; buzz of a fly; humming of a bee
@@ -402,14 +408,14 @@ _kinds('weather and water', '''
     fireworks vd: bursting of fireworks; bang of fireworks; sound of a firework display
     fireworks burst/bursting; fireworks explode/exploding; a firework goes/going off''')
 
-# %% ../nbs/03_soundscapes.ipynb #dd6f5699
+# %% ../nbs/03_soundscapes.ipynb #a67f2e02
 _kinds('vehicles and engines', '''
     engine vdpL: idling of an engine; rumble of a motor; sound of an engine running
     an engine idles/idling; a motor runs/running; an engine rumbles/rumbling
-    helicopter vdrL: whirring of a helicopter; chopping of helicopter blades; sound of a helicopter
-    a helicopter flies/flying overhead; helicopter blades beat/beating; a helicopter hovers/hovering
+    helicopter vdrL: beating of a helicopter; chopping of helicopter blades; sound of a helicopter
+    a helicopter beats/beating the air; helicopter blades beat/beating; rotor blades chop/chopping
     airplane vdpL: droning of an airplane; drone of a propeller plane; sound of an aircraft
-    an airplane drones/droning overhead; a propeller plane flies/flying by; an aircraft passes/passing
+    an airplane drones/droning; a propeller plane flies/flying by; an aircraft passes/passing
     chainsaw vdpL: buzzing of a chainsaw; roar of a chainsaw; revving of a chainsaw
     a chainsaw revs/revving; a chainsaw buzzes/buzzing; a chainsaw roars/roaring
     car_horn vdp: honking of a car; blare of a car horn; beeping of a horn
@@ -444,12 +450,12 @@ _kinds('home and tools', '''
     drill vdp: whirring of a drill; sound of drilling; whine of a power drill
     a drill whirs/whirring; someone drills/drilling a hole; a power drill whines/whining''')
 
-# %% ../nbs/03_soundscapes.ipynb #6a998567
+# %% ../nbs/03_soundscapes.ipynb #15786035
 _kinds('alarms and bells', '''
     clock_alarm vpr: beeping of an alarm clock; beeps of an alarm; sound of an alarm clock
     an alarm clock beeps/beeping; an alarm beeps/beeping; an alarm clock goes/going off
     siren vdprL: wailing of a siren; sound of a siren; howl of an emergency siren
-    a siren wails/wailing; an emergency siren sounds/sounding; a siren howls/howling
+    a siren wails/wailing; an emergency siren wails/wailing; a siren howls/howling
     church_bells vdpr: ringing of church bells; tolling of a bell; sound of a church bell
     church bells ring/ringing; a church bell tolls/tolling; a bell tolls/tolling in a tower
     telephone vp: ringing of a telephone; trill of a phone; sound of a phone ringing
@@ -462,15 +468,15 @@ _kinds('people', '''
     a baby cries/crying; an infant wails/wailing; a baby bawls/bawling
     sneezing vp: sneezing of a person; sneeze of a person; sound of someone sneezing
     someone sneezes/sneezing; a person sneezes/sneezing; a person lets/letting out a sneeze
-    clapping vdr: clapping of hands; sound of hand claps; applause of an audience
+    clapping vdr: clapping of hands; sound of hand claps; claps of a person
     someone claps/clapping; hands clap/clapping; a person claps/clapping
     breathing vr: breathing of a person; sound of someone breathing; breath of a person
     someone breathes/breathing; a person breathes/breathing; a person breathes/breathing in and out
     coughing vp: coughing of a person; cough of a person; sound of someone coughing
     someone coughs/coughing; a person coughs/coughing; a person hacks/hacking
-    footsteps vdr: sound of footsteps; footsteps of a person; tread of someone walking
+    footsteps vdr: footsteps of a person; tread of someone walking; sound of footsteps
     someone walks/walking; a person walks/walking along; footsteps sound/sounding on a floor
-    laughing vdpr: laughter of a person; laughing of a person; sound of someone laughing
+    laughing vdpr: laughter of someone; laughing of a person; sound of someone laughing
     someone laughs/laughing; a person laughs/laughing; a person chuckles/chuckling
     brushing_teeth vr: brushing of teeth; scrubbing of a toothbrush; sound of someone brushing teeth
     someone brushes/brushing teeth; a toothbrush scrubs/scrubbing; a person brushes/brushing teeth
@@ -663,7 +669,7 @@ def _fill(x, n, lasting, r):
         at += len(x) + pause
     return out
 
-# %% ../nbs/03_soundscapes.ipynb #d2d9bc29
+# %% ../nbs/03_soundscapes.ipynb #57a11028
 _SPEEDS = {1: (1, 1), 1.8: (2, 3), .55: (7, 5), 1.55: (2, 3), .62: (7, 5)}  # resampled by up/down
 
 def _player(folder):
@@ -673,7 +679,7 @@ def _player(folder):
         x = _trim(load_audio(folder/source), folder/source)
         return np.round(x*(32000/np.abs(x).max())).astype(np.int16)
     def play(kind, source, seconds, rate, pitch, r):
-        x, n, (up, down) = load(source)/32000, len(_t(seconds)), _SPEEDS[rate*pitch]
+        x, n, (up, down) = load(source)/32000, _n(seconds), _SPEEDS[rate*pitch]
         need = n*down//up + 1
         x = _stretch(x, need, r) if len(x) > need else x
         x = signal.resample_poly(x, up, down) if up != down else x
@@ -816,7 +822,7 @@ def render_scene(scene:Scene, # what to render
         out[at:at+len(x)] += x[:len(out) - at]
     return np.clip(out, -1, 1).astype(np.float32)
 
-# %% ../nbs/03_soundscapes.ipynb #ae71fbd4
+# %% ../nbs/03_soundscapes.ipynb #84bfa99d
 _ADVERBS = dict(loud=('loudly', 'very loudly', 'noisily'), faint=('faintly', 'quietly', 'softly'),
                 fast=('quickly', 'rapidly', 'fast'), slow=('slowly', 'very slowly', 'unhurriedly'),
                 high=('at a high pitch', 'in a high tone', 'with a high pitch'),
@@ -824,30 +830,33 @@ _ADVERBS = dict(loud=('loudly', 'very loudly', 'noisily'), faint=('faintly', 'qu
                 distant=('in the distance', 'far away', 'a long way off'))
 _ADJECTIVES = dict(loud=('loud', 'very loud', 'noisy'), faint=('faint', 'quiet', 'soft'),
                    fast=('fast', 'quick', 'rapid'), slow=('slow', 'very slow', 'unhurried'),
-                   high=('high-pitched', 'high', 'high-toned'), low=('low-pitched', 'low', 'deep'),
+                   high=('high-pitched', 'high', 'shrill'), low=('low-pitched', 'low', 'deep'),
                    distant=('distant', 'faraway', 'remote'))
+_PREPOSITIONS = 'at from in into on'.split()
 
 def _clause(r, event, form):
     "The event as a clause (`form` 0) or a participle phrase (`form` 1)."
     words, a = _pick(r, EVENTS[event.kind].clauses).split(), event.attribute
     at = next(i for i, w in enumerate(words) if '/' in w)
     verb = words[at].split('/')[form]
-    adverb = [_pick(r, _ADVERBS[a])] if a else []
-    inner, outer = (adverb, []) if a in ('loud', 'faint', 'fast', 'slow') else ([], adverb)
-    return ' '.join([*words[:at], verb, *inner, *words[at+1:], *outer])
+    adverb, rest = [_pick(r, _ADVERBS[a])] if a else [], words[at+1:]
+    inner = a in ('loud', 'faint', 'fast', 'slow') and rest and rest[0] in _PREPOSITIONS
+    return ' '.join([*words[:at], verb, *(adverb + rest if inner else rest + adverb)])
 
 def _noun(r, event):
-    adjective = [_pick(r, _ADJECTIVES[event.attribute])] if event.attribute else []
-    return ' '.join(['the', *adjective, _pick(r, EVENTS[event.kind].nouns)])
+    "The event as a noun phrase; a rate is not said of a 'sound'."
+    a, nouns = event.attribute, EVENTS[event.kind].nouns
+    if a in ('fast', 'slow'): nouns = [n for n in nouns if not n.startswith('sound')]
+    return ' '.join(['the', *([_pick(r, _ADJECTIVES[a])] if a else []), _pick(r, nouns)])
 
-# %% ../nbs/03_soundscapes.ipynb #9fa570b0
+# %% ../nbs/03_soundscapes.ipynb #00367899
 _PATTERNS = {
-    'alone': ('c0', 'p0', 'n0 can be heard', 'n0 is heard'),
+    'alone': ('c0', 'p0', 'n0', 'n0 can be heard'),
     'while': ('c0 while c1', 'p0 and p1 at the same time', 'n0 together with n1', 'c0 as c1'),
     'after': ('c0 and then c1', 'c0, followed by n1', 'p0, then p1', 'first c0, then c1', 'after n0, c1'),
     'background': ('c0 with n1 in the background', 'c0 while c1 in the background', 'n0 with n1 in the background',
-                   'p0 in front of n1'),
-    'row': ('c0, then c1, and finally c2', 'n0, followed by n1 and then n2', 'first c0, next c1, and last c2',
+                   'p0, with n1 in the background'),
+    'row': ('c0, then c1, and finally c2', 'n0, followed by n1 and then n2', 'first c0, next c1, and lastly c2',
             'p0, then p1, and at the end p2')}
 
 def _say(r, scene):
@@ -864,7 +873,7 @@ def caption_scene(scene:Scene, # what to describe
                  ) -> tuple:
     "`n` different captions of the scene, true by construction; the same for the same scene."
     r, said = rng(0, 'captions', scene.seed), {}
-    while len(said) < n: 
+    while len(said) < n:
         text = _say(r, scene)
         said.setdefault(clean_caption(text), text)
     return tuple(said.values())
