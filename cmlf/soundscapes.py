@@ -770,7 +770,7 @@ def _sensible(scene):
     front, back = scene.events
     return EVENTS[back.kind].lasting and not back.attribute and front.attribute not in ('faint', 'distant')
 
-# %% ../nbs/03_soundscapes.ipynb #3d05e0ca
+# %% ../nbs/03_soundscapes.ipynb #1faa9f32
 def draw_scenes(library:Library, # what can sound
                 split:str, # whose sources sound
                 n:int, # how many scenes
@@ -782,7 +782,7 @@ def draw_scenes(library:Library, # what can sound
     while len(scenes) < n:
         scene = _vary(r, library, _pick(r, scenes)) if scenes and r.integers(2) else _draw(r, library)
         repeat = scene.meaning in seen
-        allowed = split == 'train' and len(scenes) - len(seen) < .02*len(scenes)
+        allowed = split == 'train' and len(scenes) + 1 - len(seen) <= .02*(len(scenes) + 1)
         if not _sensible(scene) or (repeat and not allowed):
             missed += 1
             if missed > 2000: raise CmlfError(f'{len(library.kinds)} classes give too few meanings for {n} {split} scenes: ask for fewer')
