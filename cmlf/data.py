@@ -6,8 +6,8 @@
 __all__ = ['SPLITS', 'LAYOUTS', 'clean_caption', 'Clip', 'Corpus', 'read_table', 'Entry', 'hash_split', 'Layout', 'recognise',
            'cache_folder', 'look_at', 'make_ledger', 'load_corpus', 'pool_hash', 'same_pool']
 
-# %% ../nbs/02_data.ipynb #ea45b495
-import csv, html, io, os, re, unicodedata
+# %% ../nbs/02_data.ipynb #4bf14f2f
+import csv, html, io, json, os, re, unicodedata
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -151,48 +151,51 @@ def tag_matrix(self:Corpus) -> np.ndarray:
     for i, c in enumerate(self.clips): m[i, [column[t] for t in c.tags]] = 1
     return m
 
-# %% ../nbs/02_data.ipynb #11d0cc3f
-def _csv_rows(path, encoding='utf-8-sig', strict=True):
+# %% ../nbs/02_data.ipynb #472bd8f2
+def _csv_rows(path):
     "(row number, fields) of every line that is not blank."
     data, n = Path(path).read_bytes(), 0
     try:
-        for n, fields in enumerate(csv.reader(io.StringIO(data.decode(encoding), newline=''), strict=strict), 1):
+        lines = io.StringIO(data.decode('utf-8-sig'), newline='')
+        for n, fields in enumerate(csv.reader(lines, strict=True), 1):
             if fields: yield n, fields
     except UnicodeDecodeError as e:
-        raise CmlfError(f'{path} row {data.count(10, 0, e.start) + 1}: not UTF-8 text; save it as UTF-8') from None
+        row = data.count(b'\n', 0, e.start) + 1
+        raise CmlfError(f'{path} row {row}: not UTF-8 text; save it as UTF-8') from None
     except csv.Error as e:
-        raise CmlfError(f'{path} row {n + 1}: {e}; the file is half-written or a quote is not closed') from None
+        raise CmlfError(f'{path} row {n + 1}: {e}; it is half-written or a quote is not closed') from None
 
-def _csv_table(path, encoding='utf-8-sig', strict=True):
-    rows = _csv_rows(path, encoding, strict)
-    _, columns = next(rows, (0, None))
+def _csv_table(path):
+    "('FILE row N', {column: field}) of every row."
+    rows = _csv_rows(path)
+    columns = [c.strip() for c in next(rows, (0, ()))[1]]
     if not columns: raise CmlfError(f'{path}: empty; download it again')
-    columns = [c.strip() for c in columns]
-    if len(set(columns)) < len(columns): raise CmlfError(f'{path} row 1: two columns have the same name; rename one')
+    if len(set(columns)) < len(columns): raise CmlfError(f'{path} row 1: two columns of one name; rename one')
     for n, fields in rows:
         if len(fields) != len(columns):
             raise CmlfError(f'{path} row {n}: {len(fields)} fields where the header has {len(columns)}; '
                             'the file is half-written or a comma is not quoted')
         yield f'{path} row {n}', dict(zip(columns, fields))
 
-# %% ../nbs/02_data.ipynb #5c732898
+# %% ../nbs/02_data.ipynb #44eabb2f
 def _parquet_table(path):
-    try: table = pd.read_parquet(path)
+    "('FILE row N', {column: value}) of every row."
+    try: rows = pd.read_parquet(path).to_dict('records')
     except ImportError: raise CmlfError(f"{path}: parquet needs pyarrow; pip install 'cmlf[data]'") from None
-    except (OSError, ValueError) as e: raise CmlfError(f'{path}: not readable as parquet ({e}); write it again') from None
-    for n, row in enumerate(table.to_dict('records'), 1): yield f'{path} row {n}', row
+    except (OSError, ValueError) as e: raise CmlfError(f'{path}: not parquet ({e}); write it again') from None
+    return [(f'{path} row {n}', row) for n, row in enumerate(rows, 1)]
 
 def read_table(path, # csv (UTF-8, with or without BOM, any line ending) or parquet
                needs=(), # columns it must have
               ) -> list:
-    "[('FILE row N', {column: value}), ...]; `CmlfError` for a broken row, a missing column, no rows."
+    "[('FILE row N', {column: value}), ...]; `CmlfError` for a broken row, a lost column, no rows."
     table = list((_parquet_table if Path(path).suffix == '.parquet' else _csv_table)(path))
     if not table: raise CmlfError(f'{path}: no rows below the header; download it again')
     lost = [c for c in needs if c not in table[0][1]]
-    if lost: raise CmlfError(f'{path} row 1: no column {lost[0]!r}; it has {", ".join(map(str, table[0][1]))}')
+    if lost: raise CmlfError(f'{path} row 1: no column {lost[0]!r}; it has {", ".join(table[0][1])}')
     return table
 
-# %% ../nbs/02_data.ipynb #f86f8c92
+# %% ../nbs/02_data.ipynb #0d526bb5
 @dataclass
 class Entry:
     "A clip as a table tells of it, before its sound is looked for."
@@ -205,11 +208,13 @@ class Entry:
     path:str=''     # its file, where the table says so
     more:dict=field(default_factory=dict)  # meaning, tags, credit
 
+# %% ../nbs/02_data.ipynb #b0eee4f0
 def _filled(value, where, column) -> str:
     "`value` if it is text and not blank."
-    if not isinstance(value, str): raise CmlfError(f'{where}: {column} is {value!r}, not text; write it or remove the row')
+    if not isinstance(value, str): raise CmlfError(f'{where}: {column} is {value!r}, not text; write it')
     if not value.strip(): raise CmlfError(f'{where}: {column} is empty; write it or remove the row')
-    if '\0' in value or '\ufffd' in value: raise CmlfError(f'{where}: {column} has broken characters; download the file again')
+    if '\0' in value or '\ufffd' in value:
+        raise CmlfError(f'{where}: {column} has broken characters; download the file again')
     return value
 
 def _caption(value, where, column='caption') -> str:
@@ -218,13 +223,13 @@ def _caption(value, where, column='caption') -> str:
     raise CmlfError(f'{where}: {column} is {value!r}, not text; write the caption or remove the row')
 
 def _once(seen, key, where, what):
-    "Remember `key`; a second one is refused."
-    if key in seen: raise CmlfError(f'{where}: {what} was already used in {seen[key]}; remove one of the two')
+    "Remember where `key` was; a second one is refused."
+    if key in seen: raise CmlfError(f'{where}: {what} was already in {seen[key]}; remove one of the two')
     seen[key] = where
 
-# %% ../nbs/02_data.ipynb #b969d12e
+# %% ../nbs/02_data.ipynb #20228538
 _EXTENSIONS = '.wav', '.flac', '.ogg', '.opus', '.mp3', '.aiff', '.aif', '.m4a', '.webm', '.mp4', '.aac'
-_YOUTUBE = re.compile(r'Y?([A-Za-z0-9_-]{11})')
+_ID = '([A-Za-z0-9_-]{11})'  # of a YouTube video
 
 def _stem(name:str) -> str:
     "File name without folders and audio extension, in one Unicode form."
@@ -232,63 +237,62 @@ def _stem(name:str) -> str:
     base, ext = os.path.splitext(name)
     return base if ext.lower() in _EXTENSIONS else name
 
-def _caption_columns(row) -> list:
-    "'caption', or 'caption_1', 'caption_2', ... by number."
-    numbered = [c for c in row if re.fullmatch(r'caption_\d+', str(c))]
-    return sorted(numbered, key=lambda c: int(c[8:])) or ['caption']
+def _captions(row, where, spare=False) -> list:
+    "Captions of a row: `caption`, or `caption_1`, `caption_2`, ...; with `spare`, the last may be blank."
+    columns = sorted((c for c in row if re.fullmatch(r'caption_\d+', str(c))), key=lambda c: int(c[8:]))
+    if bool(columns) == ('caption' in row):
+        raise CmlfError(f'{where}: the columns should be caption, or caption_1, caption_2, ...')
+    columns = columns or ['caption']
+    while spare and len(columns) > 1 and _is_blank(row[columns[-1]]): columns.pop()
+    return [_caption(row[c], where, c) for c in columns]
 
-# %% ../nbs/02_data.ipynb #322d4654
+def _is_blank(value) -> bool:
+    "Whether a cell of a table holds nothing."
+    return value is None or value != value or isinstance(value, str) and not value.strip()
+
+# %% ../nbs/02_data.ipynb #faffb71c
 def _named_entries(tables:dict) -> list:
-    "Entries of csv files with file_name and caption or caption_1..n: one row, one clip."
+    "Entries of csv files with file_name and captions: one row, one clip."
     rows = [(s, w, r) for s, path in tables.items() for w, r in read_table(path, ['file_name'])]
     stems = [_stem(_filled(r['file_name'], w, 'file_name')) for _, w, r in rows]
-    youtube = all(re.fullmatch('Y[A-Za-z0-9_-]{11}', n) for n in stems)  # AudioCaps
+    youtube = all(re.fullmatch('Y' + _ID, n) for n in stems)  # only AudioCaps is named so
     seen, entries = {}, []
     for (split, where, row), stem in zip(rows, stems):
-        columns = _caption_columns(row)
-        if columns[0] not in row: raise CmlfError(f'{where}: no column caption or caption_1; name the captions so')
         id = stem[1:] if youtube else f'{split}/{stem}'
         _once(seen, id, where, f'clip {stem!r}')
         names = (stem, id) if youtube else (stem, html.unescape(stem), stem.strip())
-        entries.append(Entry(id, split, [_caption(row[c], where, c) for c in columns], where, names))
+        entries.append(Entry(id, split, _captions(row, where), where, names))
     return entries
 
-# %% ../nbs/02_data.ipynb #e6e98284
+# %% ../nbs/02_data.ipynb #9689ac76
+def _official_entry(row, where, split) -> Entry:
+    "One row of AudioCaps' official csv as an entry of its own."
+    id, start, caption_id = (row[c].strip() for c in ('youtube_id', 'start_time', 'audiocap_id'))
+    if not re.fullmatch(_ID, id):
+        raise CmlfError(f'{where}: youtube_id {id!r} is none; a spreadsheet may have changed it, '
+                        'download the file again')
+    if not start.isdigit(): raise CmlfError(f'{where}: start_time {start!r} is no number of seconds')
+    return Entry(id, split, [_caption(row['caption'], where)], where, (id, caption_id), start)
+
 def _official_entries(tables:dict) -> list:
     "Entries of AudioCaps' official csv files: one row, one caption."
     clips, seen = {}, {}
     for split, path in tables.items():
         for where, row in read_table(path, ['audiocap_id', 'youtube_id', 'start_time', 'caption']):
-            id, start = row['youtube_id'].strip(), row['start_time'].strip()
-            if len(id) != 11 or not _YOUTUBE.fullmatch(id):
-                raise CmlfError(f'{where}: youtube_id {id!r} is none; a spreadsheet may have changed it, download the file again')
-            if not start.isdigit(): raise CmlfError(f'{where}: start_time {start!r} is no number of seconds')
-            _once(seen, (split, row['audiocap_id']), where, f'audiocap_id {row["audiocap_id"]}')
-            e = clips.setdefault(id, Entry(id, split, [], where, (id,), start))
-            if e.split != split: raise CmlfError(f'{where}: clip {id} is also in {e.split} ({e.where}); keep it in one split')
-            if e.start != start: raise CmlfError(f'{where}: clip {id} starts at {start} s here, at {e.start} s in {e.where}')
-            e.raw.append(_caption(row['caption'], where))
-            e.names += (row['audiocap_id'].strip(),)
+            new = _official_entry(row, where, split)
+            _once(seen, (split, new.names[1]), where, f'audiocap_id {new.names[1]}')
+            e = clips.setdefault(new.id, new)
+            if e is not new: _add(e, new)
     return list(clips.values())
 
-# %% ../nbs/02_data.ipynb #eebff1fc
-_CLOTHO = dict(train='development', val='validation', test='evaluation')
-
-def _credits(folder) -> dict:
-    "{(split, file_name): recordist and licence} from Clotho's metadata, where it is there."
-    found = {}
-    for split, word in _CLOTHO.items():
-        path = folder/f'clotho_metadata_{word}.csv'
-        for _, row in _csv_table(path, 'latin-1', False) if path.is_file() else ():
-            found[split, row['file_name']] = ', '.join(filter(None, (row.get('manufacturer'), row.get('license'))))
-    return found
-
-def _clotho_entries(tables:dict) -> list:
-    "Entries of Clotho's csv files, with credits."
-    entries, credits = _named_entries(tables), _credits(next(iter(tables.values())).parent)
-    by_stem = {(split, _stem(name)): text for (split, name), text in credits.items()}
-    for e in entries: e.more = dict(credit=by_stem.get((e.split, e.names[0]), ''))
-    return entries
+def _add(entry, new):
+    "A further caption of a clip; what its rows say of the clip must agree."
+    for key in ('split', 'id', 'start', 'more'):
+        a, b = getattr(entry, key), getattr(new, key)
+        if a == b: continue
+        raise CmlfError(f'{new.where}: {key} of {new.path or new.id} is {b!r} here, {a!r} in {entry.where}; make them one')
+    entry.raw += new.raw
+    entry.names += new.names[1:]
 
 # %% ../nbs/02_data.ipynb #92dac850
 _ALIASES = dict(train='train', training='train', val='val', valid='val', validation='val', test='test', testing='test')
@@ -298,184 +302,133 @@ def hash_split(name:str) -> str:
     share = int(content_hash(name, length=8), 16) / 16**8
     return 'train' if share < .8 else 'val' if share < .9 else 'test'
 
-# %% ../nbs/02_data.ipynb #036ae5db
-def _is_blank(value) -> bool:
-    "Whether a cell of a table holds nothing."
-    return value is None or isinstance(value, float) and np.isnan(value) or isinstance(value, str) and not value.strip()
-
-def _manifest_captions(row, where) -> list:
-    "Captions of one row; blanks may only follow the last."
-    columns = _caption_columns(row)
-    if columns[0] not in row: raise CmlfError(f'{where}: no column caption or caption_1; name the captions so')
-    if columns[0] != 'caption' and 'caption' in row:
-        raise CmlfError(f'{where}: both caption and {columns[0]}; keep one form')
-    values = [row[c] for c in columns]
-    while len(values) > 1 and _is_blank(values[-1]): values.pop()
-    if isinstance(values[0], (list, tuple, np.ndarray)): values = list(values[0])
-    return [_caption(v, where, columns[min(i, len(columns) - 1)]) for i, v in enumerate(values)]
-
-def _manifest_more(row) -> dict:
-    "What a manifest tells beside captions."
-    more = {k: str(row[k]).strip() for k in ('meaning', 'credit') if not _is_blank(row.get(k))}
-    tags = [] if _is_blank(row.get('tags')) else row['tags']
-    tags = tags.split(';') if isinstance(tags, str) else tags  # parquet may hold lists
-    return more | dict(tags=tuple(t.strip() for t in tags if t.strip()))
-
-def _manifest_row(row, where) -> Entry:
+# %% ../nbs/02_data.ipynb #af4755c5
+def _manifest_entry(row, where) -> Entry:
     "One row of a manifest as an entry of its own."
     path = _filled(row['path'], where, 'path').strip().replace('\\', '/')
-    split = hash_split(path) if 'split' not in row else _ALIASES.get(str(row['split']).strip().lower())
+    split = _ALIASES.get(str(row['split']).strip().lower()) if 'split' in row else hash_split(path)
     if split is None: raise CmlfError(f'{where}: split {row["split"]!r} should be train, val or test')
-    id = path if _is_blank(row.get('id')) else str(row['id'])
-    return Entry(id, split, _manifest_captions(row, where), where, path=path, more=_manifest_more(row))
+    told = {k: str(row[k]).strip() for k in ('id', 'meaning', 'tags', 'credit') if not _is_blank(row.get(k))}
+    if 'tags' in told: told['tags'] = tuple(t.strip() for t in told['tags'].split(';') if t.strip())
+    id = told.pop('id', path)
+    return Entry(id, split, _captions(row, where, spare=True), where, path=path, more=told)
 
-# %% ../nbs/02_data.ipynb #6db5034f
 def _manifest_entries(tables:dict) -> list:
-    "Entries of a manifest: one row per clip, or several that give one caption each."
-    clips, ids, seen = {}, {}, {}
+    "Entries of a manifest: a clip has one row, or several with one caption each."
+    clips, seen = {}, {}
     for where, row in read_table(tables['all'], ['path']):
-        new = _manifest_row(row, where)
-        for text in new.raw if 'caption' in row else (): _once(seen, (new.path, text), where, f'caption {text!r} of {new.path}')
-        e = clips.get(new.path)
-        if e is None:
-            _once(ids, new.id, where, f'id {new.id!r}')
+        new = _manifest_entry(row, where)
+        caption = row.get('caption')
+        _once(seen, (new.path, caption), where, new.path + (' with this caption' if caption else ''))
+        if new.path in clips: _add(clips[new.path], new)
+        else:
+            _once(seen, new.id, where, f'id {new.id!r}')
             clips[new.path] = new
-        elif e.split != new.split: raise CmlfError(f'{where}: {e.path} is also in {e.split} ({e.where}); keep it in one split')
-        elif 'caption' not in row: raise CmlfError(f'{where}: {e.path} was already used in {e.where}; remove one of the two')
-        elif (e.id, e.more) != (new.id, new.more):
-            raise CmlfError(f'{where}: id, meaning, tags or credit of {e.path} differ from {e.where}; make them one')
-        else: e.raw += new.raw
     return list(clips.values())
 
-# %% ../nbs/02_data.ipynb #5473dea2
-def _tables(folder, pattern, words, column) -> dict:
-    "{split: csv} for the files that are there and have the column."
-    found = {s: folder/pattern.format(w) for s, w in words.items()}
-    return {s: p for s, p in found.items() if p.is_file() and column in next(_csv_rows(p), (0, ()))[1]}
-
-def _first_tables(folders, *args):
-    "(folder, tables) of the first folder that has any."
-    return next(((f, t) for f in folders if (t := _tables(f, *args))), None)
-
-def _inside(folder, *names):
-    "The first of the named folders that is there, else the folder itself."
-    return next((folder/n for n in names if (folder/n).is_dir()), folder)
-
-def _find_named(path):
-    hit = _first_tables((path/'csv_files', path), '{}.csv', _SAME, 'file_name')
-    if not hit: return None
-    root = hit[0].parent if hit[0].name == 'csv_files' else hit[0]
-    return hit[1], _inside(root, 'waveforms', 'audio', 'wavs')
-
-def _find_official(path):
-    hit = _first_tables((path/'dataset', path/'csv_files', path), '{}.csv', _SAME, 'youtube_id')
-    return hit and not any(hit[0].glob('audio_*Hz')) and (hit[1], _inside(path, 'audio', 'waveforms', 'wavs')) or None
-
-_SAME = dict(train='train', val='val', test='test')
-
-# %% ../nbs/02_data.ipynb #95b26a78
-def _find_aac_audiocaps(path):
-    hit = _first_tables((path/'AUDIOCAPS', path), '{}.csv', _SAME, 'youtube_id')
-    audio = hit and sorted(hit[0].glob('audio_*Hz'), key=lambda p: (p.name != f'audio_{SAMPLE_RATE}Hz', p.name))
-    return (hit[1], audio[0]) if audio else None
-
-def _find_aac_clotho(path):
-    roots = [p for p in (path, *sorted(path.glob('CLOTHO_v*'))) if (p/'clotho_csv_files').is_dir()]
-    if len(roots) > 1: raise CmlfError(f'{path}: holds {" and ".join(p.name for p in roots)}; give the path of one')
-    hit = roots and _tables(roots[0]/'clotho_csv_files', 'clotho_captions_{}.csv', _CLOTHO, 'file_name')
-    return (hit, roots[0]/'clotho_audio_files') if hit else None
-
-def _find_clotho(path):
-    hit = _tables(path, 'clotho_captions_{}.csv', _CLOTHO, 'file_name')
-    return (hit, path) if hit else None
-
-def _find_manifest(path):
-    files = [path] if path.is_file() else [p for p in (path/'manifest.csv', path/'manifest.parquet') if p.is_file()]
-    return ({'all': files[0]}, files[0].parent) if len(files) == 1 and files[0].suffix in ('.csv', '.parquet') else None
-
-# %% ../nbs/02_data.ipynb #cdf949c2
+# %% ../nbs/02_data.ipynb #e467dceb
 @dataclass(frozen=True)
 class Layout:
     "One way in which a corpus lies on a disk."
     name:str
-    corpus:str        # what it is called; '': by its folder
-    looks_for:str     # what has to be there, for people
-    find:object       # folder -> ({split: csv}, folder of the sound), or None
-    entries:object    # {split: csv} -> entries
-    folders:dict      # words in folder names and the split they speak for
-    shortest:float=0  # share of `seconds` below which a clip is of the wrong length; 0: any length is right
+    looks_for:str          # what has to be there, for people
+    entries:object         # function {split: table} -> entries
+    homes:tuple            # folders that may hold the tables
+    table:str              # what a table is called; {} is the split
+    column:str             # a column that this layout's tables have
+    splits:dict            # {split: its name in file names}
+    shortest:float=0       # share of `seconds` below which a clip is of the wrong length; 0: any is right
+    folders:dict=field(default_factory=lambda: _ALIASES)  # words in folder names and their split
 
-_CLOTHO_FOLDERS = {word: split for split, word in _CLOTHO.items()} | dict(test='', analysis='')  # '': no captions there
+_SAME = {s: s for s in SPLITS}
+_CLOTHO = dict(train='development', val='validation', test='evaluation')
+_CLOTHO_FOLDERS = {w: s for s, w in _CLOTHO.items()} | dict(test='', analysis='')  # '': no captions there
 
+# %% ../nbs/02_data.ipynb #c4a03a3d
 LAYOUTS = {l.name: l for l in [
-    Layout('csv_files', '', 'csv_files/train.csv, val.csv, test.csv with file_name and waveforms/',
-           _find_named, _named_entries, _ALIASES, .5),
-    Layout('aac_audiocaps', 'audiocaps', 'AUDIOCAPS/train.csv ... and AUDIOCAPS/audio_32000Hz/',
-           _find_aac_audiocaps, _official_entries, _ALIASES, .9),
-    Layout('aac_clotho', 'clotho', 'CLOTHO_v2.1/clotho_csv_files/ and CLOTHO_v2.1/clotho_audio_files/',
-           _find_aac_clotho, _clotho_entries, _CLOTHO_FOLDERS, .5),
-    Layout('audiocaps', 'audiocaps', 'train.csv, val.csv, test.csv with youtube_id, and files named by it',
-           _find_official, _official_entries, _ALIASES, .9),
-    Layout('clotho', 'clotho', 'clotho_captions_development.csv ... and clotho_audio_development/ ...',
-           _find_clotho, _clotho_entries, _CLOTHO_FOLDERS, .5),
-    Layout('manifest', '', 'a csv or parquet with path and caption, or a folder with manifest.csv',
-           _find_manifest, _manifest_entries, {})]}
+    Layout('csv_files', 'csv_files/{train,val,test}.csv with file_name, beside waveforms/', _named_entries,
+           ('.', 'csv_files'), '{}.csv', 'file_name', _SAME, .5),
+    Layout('audiocaps', '{train,val,test}.csv with youtube_id, or AUDIOCAPS/ of aac-datasets', _official_entries,
+           ('.', 'dataset', 'csv_files', 'AUDIOCAPS'), '{}.csv', 'youtube_id', _SAME, .9),
+    Layout('clotho', 'clotho_captions_{development,validation,evaluation}.csv, or CLOTHO_v2.1/ of aac-datasets',
+           _named_entries, ('.', 'clotho_csv_files', 'CLOTHO_v*/clotho_csv_files'), 'clotho_captions_{}.csv',
+           'file_name', _CLOTHO, .5, _CLOTHO_FOLDERS),
+    Layout('manifest', 'a csv or parquet with path and caption, or manifest.csv', _manifest_entries,
+           ('.',), 'manifest.csv', 'path', dict(all=''))]}
 
-# %% ../nbs/02_data.ipynb #ff03372e
+# %% ../nbs/02_data.ipynb #e56a24dc
+_TABLE_FOLDERS = 'csv_files', 'dataset', 'clotho_csv_files'  # the sound is beside these, not inside
+_SOUND_FOLDERS = 'waveforms', 'audio', 'wavs', f'audio_{SAMPLE_RATE}Hz', 'audio_*Hz', 'clotho_audio_files'
+
+def _header(path) -> list:
+    return [c.strip() for c in next(_csv_rows(path), (0, ()))[1]]
+
+def _find(layout, path) -> list:
+    "Every place below `path` where the layout lies: ({split: table}, folder of the sound)."
+    if path.is_file(): return [({'all': path}, path.parent)] if layout.name == 'manifest' else []
+    hits = []
+    for folder in (f for h in layout.homes for f in (sorted(path.glob(h)) if '*' in h else [path/h])):
+        files = {s: folder/layout.table.format(w) for s, w in layout.splits.items()}
+        tables = {s: f for s, f in files.items() if f.is_file() and layout.column in _header(f)}
+        top = folder.parent if folder.name in _TABLE_FOLDERS else folder
+        if tables: hits.append((tables, next((f for n in _SOUND_FOLDERS for f in sorted(top.glob(n))), top)))
+    return hits
+
+# %% ../nbs/02_data.ipynb #49bd9dcf
 def recognise(path, # folder or file
               layout=None, # a name from `LAYOUTS`; None: find out
-             ) -> Layout:
-    "The layout that lies at `path`; `CmlfError` lists what was looked for."
+             ):
+    "(layout, {split: table}, folder of the sound) at `path`; `CmlfError` lists what was looked for."
     path = Path(path).expanduser().absolute()
     if not path.exists(): raise CmlfError(f'{path}: no such file or folder')
     known = LAYOUTS.values() if layout is None else [LAYOUTS[one_of(layout, LAYOUTS, 'layout')]]
-    hits = [l for l in known if l.find(path)]
-    if len(hits) > 1: raise CmlfError(f'{path}: fits {" and ".join(l.name for l in hits)}; say which with layout=')
+    hits = [(l, *hit) for l in known for hit in _find(l, path)]
     if not hits: raise CmlfError(f'{path}: no corpus found; looked for ' + '; or '.join(l.looks_for for l in known))
-    return hits[0]
+    if len(hits) == 1: return hits[0]
+    places = ' and '.join(f'{l.name} in {next(iter(t.values())).parent}' for l, t, _ in hits)
+    raise CmlfError(f'{path}: holds {places}; give the folder of one, or layout=')
 
-# %% ../nbs/02_data.ipynb #728ccf00
-_VIDEO = re.compile(r'Y?([A-Za-z0-9_-]{11})(?:_([\d.]+))(?:_[\d.]+)?')
+# %% ../nbs/02_data.ipynb #47bdd428
+_VIDEO = re.compile(f'Y?{_ID}(?:_([0-9.]+))(?:_[0-9.]+)?')  # id, start and perhaps end
 
-def _index_audio(folder) -> dict:
-    "{name without extension, or YouTube id: [files]} of everything below `folder`; links are followed once."
+def _is_sound(name:str) -> bool:
+    return os.path.splitext(name)[1].lower() in _EXTENSIONS and not name.startswith('.')
+
+def _index_sound(folder) -> dict:
+    "{name without extension, or YouTube id: [files]} of everything below; links are followed once."
     index, seen = defaultdict(list), set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
-        if real in seen: folders.clear(); continue
-        seen.add(real)
-        folders.sort()
-        for name in sorted(files):
+        folders[:] = [] if real in seen else sorted(folders)
+        for name in sorted(filter(_is_sound, files)) if real not in seen else ():
             stem = _stem(name)
-            if name.startswith('.') or os.path.splitext(name)[1].lower() not in _EXTENSIONS: continue
-            video = _VIDEO.fullmatch(stem) or re.fullmatch('Y([A-Za-z0-9_-]{11})', stem)
+            video = _VIDEO.fullmatch(stem) or re.fullmatch('Y' + _ID, stem)
             for key in {stem, video[1] if video else stem}: index[key].append(Path(root)/name)
+        seen.add(real)
     return index
 
-def _folder_split(path, top, words):
+# %% ../nbs/02_data.ipynb #dc82eb30
+def _folder_split(file, top, folders):
     "The split that a file's folder speaks for; None if it speaks for none."
-    for part in reversed(path.relative_to(top).parts[:-1]):
-        said = {words[w] for w in re.split(r'[^a-z]+', part.lower()) if w in words}
+    for part in reversed(file.relative_to(top).parts[:-1]):
+        said = {folders[w] for w in re.split(r'[^a-z]+', part.lower()) if w in folders}
         if len(said) == 1: return said.pop()
 
-# %% ../nbs/02_data.ipynb #12153804
-def _starts_right(path, entry) -> bool:
+def _starts_right(file, entry) -> bool:
     "Whether the start time in a file's name, if any, is the entry's, in seconds or milliseconds."
-    video = _VIDEO.fullmatch(_stem(path.name))
-    if not entry.start or not video: return True
-    try: start = float(video[2])
-    except ValueError: return True
-    return start in (float(entry.start), 1000 * float(entry.start))
+    video = _VIDEO.fullmatch(_stem(file.name))
+    if not entry.start or not video or video[2].count('.') > 1: return True
+    return float(video[2]) in (float(entry.start), 1000 * float(entry.start))
 
-def _locate(entry, index, top, words):
+def _locate(entry, index, top, folders):
     "(file or None, remark) for an entry."
     named = next((index[n] for n in entry.names if n in index), [])
-    right = [p for p in named if _starts_right(p, entry) and _folder_split(p, top, words) in (None, entry.split)]
+    right = [f for f in named if _starts_right(f, entry) and _folder_split(f, top, folders) in (None, entry.split)]
     if not right: return None, f'only found as {named[0].relative_to(top)}' if named else 'no file of that name'
-    best = min(right, key=lambda p: (_EXTENSIONS.index(p.suffix.lower()), str(p)))
+    best = min(right, key=lambda f: (_EXTENSIONS.index(f.suffix.lower()), str(f)))
     return best, f'{len(right)} files, took {best.relative_to(top)}' if len(right) > 1 else ''
 
-# %% ../nbs/02_data.ipynb #d2baa387
+# %% ../nbs/02_data.ipynb #11c347c5
 def _look(path) -> dict:
     "Length, rate and sha256 of a sound file; `error` says why it is unreadable."
     seen = dict(seconds=0.0, rate=0, sha256='', error='')
@@ -483,142 +436,155 @@ def _look(path) -> dict:
         seen['sha256'] = file_hash(path)
         with sf.SoundFile(path) as f:
             seen |= dict(seconds=f.frames / f.samplerate, rate=f.samplerate)
-            f.seek(max(0, f.frames - 1))
+            if f.frames: f.seek(f.frames - 1)
             if f.frames and not len(f.read(1)): seen['error'] = 'ends before its header says'
-    except (OSError, RuntimeError) as e: seen['error'] = str(e).replace(str(path), '').strip(" .:'") or 'not readable as sound'
+    except sf.SoundFileError: seen['error'] = 'cut off' if seen['seconds'] else 'not a sound that can be decoded'
+    except OSError as e: seen['error'] = e.strerror or 'not readable'
     return seen
 
-# %% ../nbs/02_data.ipynb #c0a5f1be
+# %% ../nbs/02_data.ipynb #49e9cb62
 def cache_folder() -> Path:
     "Where ledgers and looks at files are kept: `CMLF_CACHE`, else ~/.cache/cmlf."
     folder = Path(os.environ.get('CMLF_CACHE') or Path.home()/'.cache'/'cmlf')
     try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise CmlfError(f'{folder}: cannot be made ({e.strerror}); set CMLF_CACHE to a folder of yours') from None
+    except OSError as e:
+        raise CmlfError(f'{folder}: cannot be made ({e.strerror}); set CMLF_CACHE to a folder of yours') from None
     return folder
 
 def _remembered(file) -> dict:
-    "{(path, size, time): look} of earlier looks; a line that was cut short is no look."
-    if not file.is_file(): return {}
-    rows = (r for _, r in _csv_rows(file, strict=False) if len(r) == 7 and len(r[5]) in (0, 64))
-    return {tuple(r[:3]): dict(seconds=float(r[3]), rate=int(r[4]), sha256=r[5], error=r[6]) for r in rows}
+    "{(path, size, time): look} of earlier looks; a line that was cut off is none."
+    known = {}
+    for line in file.read_text(encoding='utf-8').splitlines() if file.is_file() else ():
+        try: path, size, time, look = json.loads(line)
+        except ValueError: continue
+        known[path, size, time] = look
+    return known
 
+# %% ../nbs/02_data.ipynb #10db3594
 def look_at(paths, # sound files
-            file, # csv that remembers; looks are added to it
+            file, # remembers looks, a JSON line for each; new ones are added
            ) -> list:
-    "[`dict(bytes, seconds, rate, sha256, error)`] of each file; only new and changed ones are opened."
+    "[dict(bytes, seconds, rate, sha256, error)] of each file; only new and changed ones are opened."
     stats = [os.stat(p) for p in paths]
-    keys = [(str(p), str(s.st_size), str(s.st_mtime_ns)) for p, s in zip(paths, stats)]
+    keys = [(str(p), s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats)]
     known = _remembered(file)
-    new = [(k, p) for k, p in zip(keys, paths) if k not in known]
-    with open(file, 'a', newline='', encoding='utf-8') as f, ThreadPoolExecutor() as pool, Progress(len(new), 'looking at files') as bar:
-        for (key, _), seen in zip(new, pool.map(lambda kp: _look(kp[1]), new)):
-            known[key] = seen
-            csv.writer(f).writerow([*key, *seen.values()])
+    new = [k for k in keys if k not in known]
+    with (open(file, 'a', encoding='utf-8') as f, ThreadPoolExecutor() as pool,
+          Progress(len(new), 'looking at sound files') as bar):
+        f.write('\n')  # ends a line that a killed look left
+        for key, look in zip(new, pool.map(_look, (k[0] for k in new))):
+            known[key] = look
+            f.write(json.dumps([*key, look]) + '\n')
             bar.step()
-    return [dict(bytes=s.st_size, **known[k]) for k, s in zip(keys, stats)]
+    return [dict(bytes=key[1], **known[key]) for key in keys]
 
-# %% ../nbs/02_data.ipynb #02aa4eaa
+# %% ../nbs/02_data.ipynb #ac3ec52e
 def _verdict(look, seconds, shortest):
     "(status, reason, used) of a file that is there."
     length = look['seconds']
     if look['error']: return 'unreadable', look['error'], False
     if length < N_FFT / SAMPLE_RATE: return 'wrong length', f'{length:.3f} s, too short for one window', False
-    done = f'{length:.2f} s, {"padded" if length < seconds else "cut"} to {seconds:g} s' if abs(length - seconds) > .05 * seconds else ''
+    near, fate = abs(length - seconds) <= .05 * seconds, 'padded' if length < seconds else 'cut'
     wrong = shortest and not shortest * seconds <= length <= 1.1 * seconds
-    return 'wrong length' if wrong else 'present', done, True
+    return 'wrong length' if wrong else 'present', '' if near else f'{length:.2f} s, {fate} to {seconds:g} s', True
 
-def _same_sound(ledger):
-    "Remark on sounds that lie in two splits, byte for byte."
+def _note_twins(ledger):
+    "Add a remark to sounds that lie in two splits, byte for byte."
     used = ledger[ledger.used]
     for _, twins in used[used.duplicated('sha256', keep=False)].groupby('sha256'):
-        if twins.split.nunique() < 2: continue
-        for i, row in twins.iterrows():
+        for i, row in twins.iterrows() if twins.split.nunique() > 1 else ():
             other = twins[twins.split != row.split].iloc[0]
-            ledger.loc[i, 'reason'] = '; '.join(filter(None, (row.reason, f'same bytes as {other.id} ({other.split})')))
+            ledger.loc[i, 'reason'] = '; '.join(filter(None, (row.reason, f'same bytes as {other.id} in {other.split}')))
 
-# %% ../nbs/02_data.ipynb #bc6f7e72
+# %% ../nbs/02_data.ipynb #9f7de8f1
+_NO_FILE = dict(bytes=0, seconds=0.0, rate=0, sha256='')
+
 def make_ledger(entries, # what the tables tell
                 located, # (file or None, remark) of each
                 seconds:float, # length the clips are padded or cut to
                 shortest:float, # share of `seconds` below which a clip is of the wrong length; 0: none
-                file, # csv that remembers looks at files
+                file, # remembers looks at files
                ) -> pd.DataFrame:
-    "One row per clip that should be there: split, id, status, reason, used, path, seconds, rate, bytes, sha256, row."
-    looks = iter(look_at([p for p, _ in located if p], file))
-    rows = []
+    "One row per clip that should be there: split, id, status, reason, used, path, what was seen, row."
+    looks, rows = iter(look_at([f for f, _ in located if f], file)), []
     for e, (path, remark) in zip(entries, located):
-        look = next(looks) if path else dict(bytes=0, seconds=0.0, rate=0, sha256='', error='')
+        look = next(looks) if path else _NO_FILE
         status, reason, used = _verdict(look, seconds, shortest) if path else ('missing', '', False)
-        rows.append(dict(split=e.split, id=e.id, status=status, reason='; '.join(filter(None, (reason, remark))), used=used,
-                         path=str(path or ''), **{k: look[k] for k in ('seconds', 'rate', 'bytes', 'sha256')}, row=e.where))
+        reason = '; '.join(filter(None, (reason, remark)))
+        rows.append(dict(split=e.split, id=e.id, status=status, reason=reason, used=used, path=str(path or ''),
+                         **{k: look[k] for k in _NO_FILE}, row=e.where))
     ledger = pd.DataFrame(rows)
-    _same_sound(ledger)
+    _note_twins(ledger)
     return ledger
 
-# %% ../nbs/02_data.ipynb #4389908e
-def _locate_all(entries, top, words) -> list:
+# %% ../nbs/02_data.ipynb #b6fb2ff7
+def _locate_all(entries, top, folders) -> list:
     "(file or None, remark) of every entry; one file for two clips is refused."
-    index = {} if entries[0].path else _index_audio(top)
-    if not entries[0].path and not index:
-        raise CmlfError(f'{top}: no sound files ({", ".join(_EXTENSIONS)}); give their folder with audio=, '
-                        'or audio=False for captions only')
-    by_path = lambda e: (top/e.path, '') if (top/e.path).is_file() else (None, 'no such file')
-    located, seen = [by_path(e) if e.path else _locate(e, index, top, words) for e in entries], {}
-    for e, (path, _) in zip(entries, located):
-        if path: _once(seen, os.path.normpath(path), e.where, f'{path} for clip {e.id!r}')
-    return located
+    if entries[0].path:
+        files = [Path(os.path.normpath(top/e.path)) for e in entries]
+        found = [(f, '') if f.is_file() else (None, 'no such file') for f in files]
+    else:
+        index = _index_sound(top)
+        if not index: raise CmlfError(f'{top}: no sound files; give their folder with audio=, or audio=False for captions only')
+        found = [_locate(e, index, top, folders) for e in entries]
+    seen = {}
+    for e, (file, _) in zip(entries, found):
+        if file: _once(seen, file, e.where, f'{file} for clip {e.id!r}')
+    return found
 
+def _summary(ledger) -> str:
+    "What is there, and why the rest is not, in a line."
+    there = [f'{g.used.sum()} of {len(g)} {s} clips' for s, g in ledger.groupby('split', sort=False)]
+    why = [f'{n} {s}' for s, n in ledger.status[ledger.status != 'present'].value_counts().items()]
+    twins = ledger.reason.str.contains('same bytes as').sum()
+    return '; '.join([', '.join(there)] + why + [f'{twins} with the bytes of a clip of another split'] * bool(twins))
+
+# %% ../nbs/02_data.ipynb #3469754c
 def _clip_of(entry, source) -> Clip:
     return Clip(entry.id, entry.split, tuple(map(clean_caption, entry.raw)), tuple(entry.raw), str(source), **entry.more)
 
-def _read_file(clip, seconds):
-    return load_audio(clip.source, seconds)
+def _read_file(clip, seconds): return load_audio(clip.source, seconds)
 
 def _read_nothing(clip):
-    raise CmlfError(f'clip {clip.id!r}: this corpus was loaded with captions only; load it with its audio')
+    raise CmlfError(f'clip {clip.id!r}: this corpus was loaded with captions only; load it with its sound')
 
-# %% ../nbs/02_data.ipynb #d4631764
-def _summary(corpus) -> str:
-    "What is there, and how much is not, in a line."
-    lost = corpus.ledger[corpus.ledger.status != 'present'].groupby('status').size()
-    twins = corpus.ledger.reason.str.contains('same bytes as').sum()
-    notes = [f'{n} {s}' for s, n in lost.items()] + ([f'{twins} with the bytes of a clip in another split'] if twins else [])
-    per = [f'{s} {sum(c.split == s for c in corpus.clips)} of {n}' for s, n in corpus.ledger.split.value_counts(sort=False).items()]
-    return ', '.join(per) + (f' ({", ".join(notes)})' if notes else '')
+def _corpus_name(layout, path, entries) -> str:
+    "'audiocaps' where every file is called by a YouTube id, else the layout's or the folder's name."
+    if all(re.fullmatch('Y' + _ID, e.names[0]) for e in entries if e.names) and entries[0].names: return 'audiocaps'
+    folder = path.parent if path.name in _TABLE_FOLDERS or path.is_file() else path
+    return layout.name if layout.name in ('audiocaps', 'clotho') else folder.name.lower()
 
-def _with_ledger(name, kind, entries, top, seconds, about, tag) -> Corpus:
-    "The corpus of the clips whose sound is usable, and its ledger on disk."
-    shortest = .9 if name == 'audiocaps' else kind.shortest
-    ledger = make_ledger(entries, _locate_all(entries, top, kind.folders), seconds, shortest, cache_folder()/'looks.csv')
-    clips = [_clip_of(e, p) for e, p, used in zip(entries, ledger.path, ledger.used) if used]
-    if not clips: raise CmlfError(f'{top}: none of {len(entries)} clips has usable sound, e.g. {ledger.id[0]}: {ledger.reason[0]}; '
-                                  'give the right folder with audio=')
-    with atomic_path(cache_folder()/f'{name}-{tag}-ledger.csv') as tmp: ledger.to_csv(tmp, index=False)
-    corpus = Corpus(name, clips, partial(_read_file, seconds=seconds), seconds, ledger, about)
-    say(f'{name}: {_summary(corpus)}; ledger: {cache_folder()}/{name}-{tag}-ledger.csv')
-    return corpus
-
-# %% ../nbs/02_data.ipynb #26e6f598
+# %% ../nbs/02_data.ipynb #e0c6ff45
 def load_corpus(path, # folder of a corpus, or a manifest
                 seconds:float, # every clip is padded or cut at the end to this length
                 layout=None, # a name from `LAYOUTS`; None: find out
                 audio=None, # folder of the sound; None: where the layout has it; False: captions only
                ) -> Corpus:
-    "The corpus at `path`: clips whose sound is usable, and a ledger of all. `CmlfError` names file and row of what is wrong."
-    path, kind = Path(path).expanduser().absolute(), recognise(path, layout)
-    tables, top = kind.find(path)
+    "The clips at `path` whose sound is usable, and a ledger of all. `CmlfError` names file and row of what is wrong."
+    path = Path(path).expanduser().absolute()
+    kind, tables, top = recognise(path, layout)
     entries = kind.entries(tables)
-    home = path.parent if path.name == 'csv_files' or path.is_file() else path
-    youtube = all(_YOUTUBE.fullmatch(e.id) and len(e.id) == 11 for e in entries)
-    name = kind.corpus or ('audiocaps' if youtube and kind.name == 'csv_files' else home.name.lower())
-    about = f'{name} in layout {kind.name}'
-    if kind.name == 'manifest' and 'split' not in read_table(tables['all'])[0][1]:
-        about += ', split 80/10/10 by a hash of each path'
+    name = _corpus_name(kind, path, entries)
+    about = f'{name}, layout {kind.name}'
+    if 'all' in tables and 'split' not in read_table(tables['all'])[0][1]: about += ', split 80/10/10 by hash of path'
     say(f'{path}: {about}')
-    if audio is False: return Corpus(name, [_clip_of(e, f'no audio {e.id}') for e in entries], _read_nothing, seconds, about=about)
-    if audio is not None: top = Path(audio).expanduser().absolute()
+    if audio is False:
+        return Corpus(name, [_clip_of(e, f'no sound {e.id}') for e in entries], _read_nothing, seconds, about=about)
+    top = top if audio is None else Path(audio).expanduser().absolute()
     if not top.is_dir(): raise CmlfError(f'{top}: no such folder of sound; give one with audio=')
-    return _with_ledger(name, kind, entries, top, seconds, about, content_hash(str(path), str(top)))
+    shortest = .9 if name == 'audiocaps' else kind.shortest
+    ledger = make_ledger(entries, _locate_all(entries, top, kind.folders), seconds, shortest, cache_folder()/'looks.jsonl')
+    _keep(ledger, cache_folder()/f'{name}-{content_hash(str(path), str(top))}-ledger.csv', top)
+    clips = [_clip_of(e, p) for e, p, used in zip(entries, ledger.path, ledger.used) if used]
+    return Corpus(name, clips, partial(_read_file, seconds=seconds), seconds, ledger, about)
+
+def _keep(ledger, file, top):
+    "Write the ledger and say what is in it; a corpus without one usable sound is refused."
+    with atomic_path(file) as tmp: ledger.to_csv(tmp, index=False)
+    say(f'{_summary(ledger)}; ledger: {file}')
+    if ledger.used.any(): return
+    raise CmlfError(f'{top}: none of {len(ledger)} clips has usable sound, e.g. {ledger.id[0]}: {ledger.reason[0]}; '
+                    'give the right folder with audio=')
 
 # %% ../nbs/02_data.ipynb #64fbbef3
 @patch(as_prop=True)
