@@ -30,14 +30,15 @@ FMIN, FMAX = 50, 14000  # Hz, edges of the lowest and highest band
 AMIN = 1e-10          # smallest power that is told from silence
 FLOOR = 10 * math.log10(AMIN)  # dB, so what silence reads
 
-# %% ../nbs/01_features.ipynb #80954fc4
+# %% ../nbs/01_features.ipynb #b7359d45
 def fit(wave, # (..., samples)
         seconds:float, # wanted length
         sample_rate:int=SAMPLE_RATE, # samples per second
        ) -> np.ndarray:
     "A copy (..., `seconds` * `sample_rate`) of `wave`, cut or padded with zeros at the end."
     n = round(seconds * sample_rate)
-    if n < 1: raise CmlfError(f'seconds={seconds} is no length for a clip: give a number above zero')
+    if n < 1:
+        raise CmlfError(f'seconds={seconds} is no length for a clip: give a number above zero')
     wave = np.asarray(wave, dtype=np.float32)[..., :n]
     return np.pad(wave, [(0, 0)] * (wave.ndim - 1) + [(0, n - wave.shape[-1])])
 
@@ -54,21 +55,22 @@ def _decode(path, seconds):
     except (RuntimeError, OSError, TypeError, ValueError, MemoryError) as e:
         raise CmlfError(f'{path}: not readable as sound ({e}); convert it to wav or flac') from None
 
-# %% ../nbs/01_features.ipynb #05d2ce10
+# %% ../nbs/01_features.ipynb #2f334299
 def load_audio(path, # a file of any format, rate and number of channels that soundfile reads
                seconds:float|None=None, # cut or pad to this length; None: as long as it is
               ) -> np.ndarray:
-    "The recording as a float32 waveform (samples,) in [-1, 1] at 32 kHz; `CmlfError` names a file that gives none."
+    "A recording as float32 (samples,) in [-1, 1] at 32 kHz; `CmlfError` names an unusable file."
     wave, rate = _decode(path, seconds)
     if not len(wave): raise CmlfError(f'{path}: holds no samples; remove it or record it again')
-    if not np.isfinite(wave).all(): raise CmlfError(f'{path}: holds NaN or infinite samples; export it again')
+    if not np.isfinite(wave).all():
+        raise CmlfError(f'{path}: holds NaN or infinite samples; export it again')
     wave = librosa.resample(wave.mean(1), orig_sr=rate, target_sr=SAMPLE_RATE, res_type='soxr_hq')
     if len(wave) < N_FFT:
-        raise CmlfError(f'{path}: {len(wave)} samples at 32 kHz are less than one window of {N_FFT}; remove it')
+        raise CmlfError(f'{path}: {len(wave)} samples at 32 kHz, one window is {N_FFT}; remove it')
     wave = wave / max(1, np.abs(wave).max())
     return wave.astype(np.float32) if seconds is None else fit(wave, seconds)
 
-# %% ../nbs/01_features.ipynb #b2decc1e
+# %% ../nbs/01_features.ipynb #74d4957b
 def mel_filters(n_mels:int=N_MELS, # bands
                 n_fft:int=N_FFT, # samples in the window
                 fmin:float=FMIN, # Hz, lower edge of the lowest band
@@ -77,15 +79,17 @@ def mel_filters(n_mels:int=N_MELS, # bands
                ) -> torch.Tensor:
     "Triangles $M$ (n_fft/2 + 1, n_mels) from power to mel power, Slaney scale and norm, float64."
     if not 0 <= fmin < fmax <= sample_rate / 2:
-        raise CmlfError(f'fmin={fmin}, fmax={fmax}: should rise within 0 and {sample_rate / 2:.0f} Hz')
+        raise CmlfError(f'fmin={fmin}, fmax={fmax}: should rise, up to {sample_rate // 2} Hz')
     with warnings.catch_warnings(action='ignore'):  # of empty bands: an error here, not a warning
-        M = librosa.filters.mel(sr=sample_rate, n_fft=n_fft, n_mels=n_mels, fmin=fmin, fmax=fmax, dtype=np.float64)
-    if not M.any(1).all(): raise CmlfError(f'n_mels={n_mels} is too many for n_fft={n_fft}: some bands are empty')
+        M = librosa.filters.mel(sr=sample_rate, n_fft=n_fft, n_mels=n_mels, fmin=fmin, fmax=fmax,
+                                dtype=np.float64)
+    if not M.any(1).all():
+        raise CmlfError(f'n_mels={n_mels} is too many for n_fft={n_fft}: some are empty')
     return torch.from_numpy(M.T.copy())
 
-# %% ../nbs/01_features.ipynb #672f4951
+# %% ../nbs/01_features.ipynb #dfe20239
 class LogMel(nn.Module):
-    "Waveforms (B, samples) at 32 kHz -> log-mel (B, samples // hop + 1, n_mels) in dB, as PANNs' front end."
+    "Waveforms (B, samples) -> log-mel (B, samples // hop + 1, n_mels) in dB, PANNs' front end."
     def __init__(self,
                  hop:int=HOP, # samples between two frames
                  n_fft:int=N_FFT, # samples in the Hann window
@@ -94,13 +98,16 @@ class LogMel(nn.Module):
                  fmax:float=FMAX, # Hz, upper edge of the highest
                  sample_rate:int=SAMPLE_RATE): # samples per second
         super().__init__()
-        if hop < 1 or hop > n_fft: raise CmlfError(f'hop={hop} should be between 1 and n_fft={n_fft} samples')
-        self.settings = dict(hop=int(hop), n_fft=int(n_fft), n_mels=int(n_mels), fmin=float(fmin), fmax=float(fmax),
-                             sample_rate=int(sample_rate))
+        if hop < 1 or hop > n_fft:
+            raise CmlfError(f'hop={hop} should be between 1 and n_fft={n_fft} samples')
+        self.settings = dict(hop=int(hop), n_fft=int(n_fft), n_mels=int(n_mels),
+                             fmin=float(fmin), fmax=float(fmax), sample_rate=int(sample_rate))
         self.hop, self.n_fft, self.n_mels, self.sample_rate = hop, n_fft, n_mels, sample_rate
         # constants, so they stay out of saved weights
-        self.register_buffer('window', torch.hann_window(n_fft, dtype=torch.float64), persistent=False)
-        self.register_buffer('mel', mel_filters(n_mels, n_fft, fmin, fmax, sample_rate).float(), persistent=False)
+        w = torch.hann_window(n_fft, dtype=torch.float64)
+        M = mel_filters(n_mels, n_fft, fmin, fmax, sample_rate)
+        self.register_buffer('window', w, persistent=False)
+        self.register_buffer('mel', M.float(), persistent=False)
 
     def frames(self, samples:int) -> int:
         "Frames of a waveform of that many samples."
@@ -110,20 +117,22 @@ class LogMel(nn.Module):
         "(B, samples) -> (B, frames, n_mels) dB, float32."
         wave = torch.as_tensor(wave, device=self.window.device)
         if wave.ndim != 2 or wave.shape[1] <= self.n_fft // 2:
-            raise CmlfError(f'waveforms of shape {tuple(wave.shape)}: should be (B, samples), samples > {self.n_fft // 2}')
+            raise CmlfError(f'waveforms of shape {tuple(wave.shape)}: should be (B, samples), '
+                            f'samples > {self.n_fft // 2}')
         with torch.autocast(wave.device.type, enabled=False):
             X = torch.stft(wave.double(), self.n_fft, self.hop, window=self.window, center=True,
                            pad_mode='reflect', return_complex=True).transpose(1, 2)
             P = (X.real.square() + X.imag.square()).float()
             return 10 * (P @ self.mel).clamp_min(AMIN).log10()
 
-# %% ../nbs/01_features.ipynb #5b8a5ba4
+# %% ../nbs/01_features.ipynb #46d6d519
 class FeatureStore:
-    "Log-mels (N, frames, n_mels) on disk; `store[indices]` -> float32 tensor (n, frames, n_mels) in dB."
+    "Log-mels (N, frames, n_mels) on disk; `store[indices]` -> float32 (n, frames, n_mels) in dB."
     def __init__(self, path):
         self.path = Path(path)
         try: self.rows = np.load(self.path, mmap_mode='r')
-        except (OSError, ValueError) as e: raise CmlfError(f'{path}: not a store ({e}); delete it and run again') from None
+        except (OSError, ValueError, EOFError) as e:
+            raise CmlfError(f'{path}: not a store ({e}); delete it and run again') from None
         self.frames = self.rows.shape[1]
 
     def __len__(self): return len(self.rows)
@@ -131,7 +140,8 @@ class FeatureStore:
         if torch.is_tensor(indices): indices = indices.cpu().numpy()
         return torch.from_numpy(np.array(self.rows[indices])).float()
     def __reduce__(self): return FeatureStore, (self.path,)  # another process maps the file anew
-    def __repr__(self): return f'FeatureStore({self.path.name}, {"x".join(map(str, self.rows.shape))})'
+    def __repr__(self):
+        return f'FeatureStore({self.path.name}, {"x".join(map(str, self.rows.shape))})'
 
 # %% ../nbs/01_features.ipynb #48341702
 def _ahead(read, indices, workers):
@@ -144,7 +154,7 @@ def _ahead(read, indices, workers):
             if len(waiting) > 4 * workers: yield waiting.popleft().result()
         while waiting: yield waiting.popleft().result()
 
-# %% ../nbs/01_features.ipynb #4ed59196
+# %% ../nbs/01_features.ipynb #1ef6081a
 def _header(shape):
     "The first bytes of a float16 .npy file of that shape."
     head = io.BytesIO()
@@ -157,19 +167,21 @@ def _resume(part, shape):
     part.touch()
     done = min(shape[0], max(0, part.stat().st_size - len(head)) // row)
     need, free = row * (shape[0] - done), shutil.disk_usage(part.parent).free
-    if need > free: raise CmlfError(f'{part.parent}: the store needs {need / 1e9:.1f} GB, {free / 1e9:.1f} are free')
+    if need > free: raise CmlfError(f'{part.parent}: the store needs {need / 1e9:.1f} GB, '
+                        f'{free / 1e9:.1f} are free')
     f = open(part, 'r+b')
     if not done: f.write(head)
     f.truncate(len(head) + row * done)
     f.seek(0, os.SEEK_END)
     return f, done
 
-# %% ../nbs/01_features.ipynb #2ed282bf
+# %% ../nbs/01_features.ipynb #2289ff61
 def _clip(wave, key, seconds, rate):
     "A waveform that may enter a store, or an error that names its clip."
     wave = np.asarray(wave, dtype=np.float32)
     if wave.ndim != 1 or not wave.size or not np.isfinite(wave).all():
-        raise CmlfError(f'clip {key}: needs (samples,) finite numbers, got shape {wave.shape}; check its audio')
+        raise CmlfError(f'clip {key}: needs (samples,) finite numbers, got shape {wave.shape}; '
+                        'check its audio')
     return fit(wave, seconds, rate)
 
 def _write_rows(part, shape, keys, read, log_mel, seconds, workers, batch):
@@ -179,12 +191,13 @@ def _write_rows(part, shape, keys, read, log_mel, seconds, workers, batch):
     with f, Progress(len(keys), part.stem.rpartition('-')[0]) as bar, torch.inference_mode():
         bar.step(done)
         for start in range(done, len(keys), batch):
-            some = np.stack([_clip(next(waves), k, seconds, log_mel.sample_rate) for k in keys[start:start + batch]])
+            some = np.stack([_clip(next(waves), key, seconds, log_mel.sample_rate)
+                             for key in keys[start:start + batch]])
             f.write(log_mel(some).half().cpu().numpy().tobytes()); f.flush()
             bar.step(len(some))
         os.fsync(f.fileno())
 
-# %% ../nbs/01_features.ipynb #7bb89798
+# %% ../nbs/01_features.ipynb #7b46d4f5
 STORE_VERSION = 1  # raise it when the same settings come to mean other numbers
 
 def build_store(folder, # where stores live
@@ -196,7 +209,7 @@ def build_store(folder, # where stores live
                 workers:int=0, # threads that read ahead
                 batch:int=4, # clips per call of `log_mel`; few, to stay in the processor's cache
                ) -> FeatureStore:
-    "The store of these clips' log-mels: opened if it exists, else built, from where a killed build left off."
+    "The store of these clips' log-mels: opened if it exists, else built or built on."
     keys, seconds = list(keys), float(seconds)
     if not keys: raise CmlfError(f'{folder}: no clips to store; give at least one key')
     name = f'{what}-{content_hash(keys, log_mel.settings, seconds, STORE_VERSION)}'

@@ -15,7 +15,7 @@ from torch.nn import functional as nnf
 
 from .core import CmlfError, one_of
 
-# %% ../nbs/06_loss.ipynb #adb45cd2
+# %% ../nbs/06_loss.ipynb #fb525abb
 def _wide(x): return x if x.dtype == torch.float64 else x.float()
 
 def cosines(audio, # (B, d) embeddings x
@@ -23,7 +23,8 @@ def cosines(audio, # (B, d) embeddings x
            ) -> torch.Tensor:
     "Similarities $s_{ij}$ (B, B) of clip i and caption j, Eq. 1, in at least float32."
     if audio.ndim != 2 or audio.shape != text.shape:
-        raise CmlfError(f'embeddings of shapes {tuple(audio.shape)} and {tuple(text.shape)}: should both be (B, d)')
+        raise CmlfError(f'embeddings of shapes {tuple(audio.shape)} and {tuple(text.shape)}: '
+                        'should both be (B, d)')
     if len(audio) < 2: raise CmlfError('a batch of 1 pair has no negatives: give at least 2')
     with torch.autocast(audio.device.type, enabled=False):
         return nnf.normalize(_wide(audio), dim=1) @ nnf.normalize(_wide(text), dim=1).T
@@ -46,7 +47,7 @@ def nt_xent(audio, # (B, d) embeddings of the clips
     "Eq. 4: the two directions' cross-entropies, added. A scalar."
     return _both_ways(cosines(audio, text) / _temperature(tau))
 
-# %% ../nbs/06_loss.ipynb #a99d035f
+# %% ../nbs/06_loss.ipynb #178ac1c3
 def _hardest(logits, k):
     "`logits` with all but the diagonal and each row's `k` highest others at minus infinity."
     positive = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
@@ -63,7 +64,8 @@ def nt_xent_hardest(audio, # (B, d) embeddings of the clips
     if k < 1: raise CmlfError(f'k={k}: keep at least 1 negative')
     logits = cosines(audio, text) / _temperature(tau)
     truth = torch.arange(len(logits), device=logits.device)
-    return nnf.cross_entropy(_hardest(logits, k), truth) + nnf.cross_entropy(_hardest(logits.T, k), truth)
+    rows, columns = _hardest(logits, k), _hardest(logits.T, k)
+    return nnf.cross_entropy(rows, truth) + nnf.cross_entropy(columns, truth)
 
 # %% ../nbs/06_loss.ipynb #a02c0121
 def _hinges(S, margin):
@@ -89,7 +91,7 @@ def triplet_sum(audio, # (B, d) embeddings of the clips
     h, g = _hinges(cosines(audio, text), margin)
     return (h + g).sum() / len(h)
 
-# %% ../nbs/06_loss.ipynb #e215c937
+# %% ../nbs/06_loss.ipynb #dbeec8b1
 def _parabolas(S, margin):
     "Sum over rows of the weighted loss; a row whose negatives all keep the margin adds nothing."
     p = S.diagonal()
@@ -101,22 +103,23 @@ def triplet_weighted(audio, # (B, d) embeddings of the clips
                      text, # (B, d) embeddings of their captions
                      margin:float=0.2, # m
                     ) -> torch.Tensor:
-    "Parabolas of the positive and of the hardest negative within the margin, both directions (Mei et al.). A scalar."
+    "Parabolas of positive and hardest negative within the margin, both directions (Mei et al.)."
     S = cosines(audio, text)
     return (_parabolas(S, margin) + _parabolas(S.T, margin)) / len(S)
 
-# %% ../nbs/06_loss.ipynb #b54cf5a3
+# %% ../nbs/06_loss.ipynb #f35bd2e5
 def max_margin(sim, # (B, B) similarities, the pairs on the diagonal
                margin:float=0.2, # m
               ) -> torch.Tensor:
     "Bidirectional max-margin loss of MoEE and CE, mean over off-diagonal terms. A scalar."
     if sim.ndim != 2 or sim.shape[0] != sim.shape[1] or len(sim) < 2:
-        raise CmlfError(f'similarities of shape {tuple(sim.shape)}: should be (B, B) with B at least 2')
+        raise CmlfError(f'similarities of shape {tuple(sim.shape)}: should be (B, B), B at least 2')
     h, g = _hinges(_wide(sim), margin)
     return (h + g).sum() / (2 * len(sim) * (len(sim) - 1))
 
-# %% ../nbs/06_loss.ipynb #494c64ec
-LOSSES = {f.__name__: f for f in (nt_xent, nt_xent_hardest, triplet_max, triplet_sum, triplet_weighted)}
+# %% ../nbs/06_loss.ipynb #4de58a4e
+_ALL = nt_xent, nt_xent_hardest, triplet_max, triplet_sum, triplet_weighted
+LOSSES = {f.__name__: f for f in _ALL}
 
 def get_loss(name:str, # one of `LOSSES`
              **settings, # `tau`, `k`, `margin`: those the loss knows are set, the others ignored
@@ -124,4 +127,5 @@ def get_loss(name:str, # one of `LOSSES`
     "The loss of that name as a function of (audio, text)."
     loss = LOSSES[one_of(name, LOSSES, 'loss')]
     for key in settings: one_of(key, ('tau', 'k', 'margin'), 'setting of a loss')
-    return partial(loss, **{k: v for k, v in settings.items() if k in inspect.signature(loss).parameters})
+    known = inspect.signature(loss).parameters
+    return partial(loss, **{key: value for key, value in settings.items() if key in known})

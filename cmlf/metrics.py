@@ -14,25 +14,36 @@ from torch.nn import functional as nnf
 
 from .core import CmlfError, one_of, rng
 
-# %% ../nbs/07_metrics.ipynb #d798cc2e
+# %% ../nbs/07_metrics.ipynb #af8c02ea
 _BLOCK = 2**24  # similarities held at once
 
 def _ranks(block, own, owner, n_clips):
-    "Ranks (T,) of clips for captions and (C,) of captions for clips; `block(rows)` gives similarities (n, C)."
-    best = torch.full((n_clips,), -torch.inf, dtype=own.dtype, device=own.device).scatter_reduce(0, owner, own, 'amax')
+    "Ranks (T,) of captions and (C,) of clips; `block(rows)` gives similarities (n, C)."
+    best = own.new_full((n_clips,), -torch.inf).scatter_reduce(0, owner, own, 'amax')
     above, level, t2a = 0, 0, []
     for rows in torch.arange(len(own), device=own.device).split(max(1, _BLOCK // n_clips)):
         S, mine = block(rows), own[rows, None]
-        if S.isnan().any(): raise CmlfError(f'caption {int(rows[S.isnan().any(1)][0])}: its similarities hold NaN')
-        S[torch.arange(len(rows), device=S.device), owner[rows]] = own[rows]  # the same to the last bit, whichever way computed
+        nan = rows[S.isnan().any(1)]
+        if len(nan): raise CmlfError(f'caption {int(nan[0])}: its similarities hold NaN')
+        S[rows - rows[0], owner[rows]] = own[rows]  # equal to the last bit, however computed
         t2a.append((S > mine).sum(1) + ((S == mine).sum(1) - 1) / 2)
         above, level = above + (S > best).sum(0), level + (S == best).sum(0)
     return torch.cat(t2a).double().cpu().numpy(), (above + (level - 1) / 2).double().cpu().numpy()
 
-# %% ../nbs/07_metrics.ipynb #ef74e9ad
+# %% ../nbs/07_metrics.ipynb #ba9cf694
 KS = 1, 5, 10
 DIRECTIONS = 't2a', 'a2t'
 
+def _table(r):
+    "A Retrieval as a markdown table."
+    row = lambda d: ' | '.join([*(f'{r.recall(k, d):.1f}' for k in KS),
+                                f'{r.medr[d]:g}', f'{r.meanr[d]:.1f}'])
+    head = ' | '.join([*(f'R@{k}' for k in KS), 'MedR', 'MeanR'])
+    return (f'| | {head} |\n|---|{"---:|" * (len(KS) + 2)}\n'
+            f'| text to audio | {row("t2a")} |\n| audio to text | {row("a2t")} |\n\n'
+            f'{r.pool["clips"]} clips, {r.pool["captions"]} captions; mean recall {r.score:.1f} %')
+
+# %% ../nbs/07_metrics.ipynb #54494f3b
 @dataclass(frozen=True, eq=False, repr=False)
 class Retrieval:
     "Zero-based ranks of one test, and what tables say of them (recalls in percent)."
@@ -40,7 +51,8 @@ class Retrieval:
     a2t_ranks:np.ndarray # (C,) rank of its best caption for each clip
     owner:np.ndarray     # (T,) clip of each caption
 
-    def ranks(self, direction): return getattr(self, f'{one_of(direction, DIRECTIONS, "direction")}_ranks')
+    def ranks(self, direction):
+        return getattr(self, one_of(direction, DIRECTIONS, 'direction') + '_ranks')
     def recall(self, k:int, # depth
                direction:str, # 't2a' or 'a2t'
               ) -> float:
@@ -65,39 +77,39 @@ class Retrieval:
     def __repr__(self):
         t, a = ('/'.join(f'{x:.1f}' for x in d.values()) for d in (self.t2a, self.a2t))
         return f'Retrieval(t2a {t}, a2t {a}, {self.pool["clips"]} clips)'
-    def _repr_markdown_(self):
-        row = lambda d, name: ' | '.join([name, *(f'{self.recall(k, d):.1f}' for k in KS),
-                                          f'{self.medr[d]:g}', f'{self.meanr[d]:.1f}'])
-        return (f'| | {" | ".join(f"R@{k}" for k in KS)} | MedR | MeanR |\n|---|' + '---:|' * (len(KS) + 2) +
-                f'\n| {row("t2a", "text to audio")} |\n| {row("a2t", "audio to text")} |\n\n'
-                f'{self.pool["clips"]} clips, {self.pool["captions"]} captions; mean recall {self.score:.1f} %')
+    def _repr_markdown_(self): return _table(self)
 
-# %% ../nbs/07_metrics.ipynb #4263b796
+# %% ../nbs/07_metrics.ipynb #4ba55481
 def _owners(owner, n_captions, n_clips):
     "`owner` as a tensor (T,), or an error that says what is wrong with it."
     owner = np.asarray(owner.cpu() if torch.is_tensor(owner) else owner)
     if owner.shape != (n_captions,) or owner.dtype.kind not in 'iu':
-        raise CmlfError(f'owner of shape {owner.shape}, {owner.dtype}: should be {n_captions} whole numbers, one a caption')
-    if not n_clips or not n_captions: raise CmlfError(f'{n_clips} clips and {n_captions} captions: nothing to rank')
+        raise CmlfError(f'owner {owner.shape} {owner.dtype}: should be {n_captions} whole numbers')
+    if not n_clips or not n_captions:
+        raise CmlfError(f'{n_clips} clips and {n_captions} captions: nothing to rank')
     bad = np.flatnonzero((owner < 0) | (owner >= n_clips))
-    if len(bad): raise CmlfError(f'owner of caption {bad[0]} is {owner[bad[0]]}: clips run from 0 to {n_clips - 1}')
+    if len(bad):
+        raise CmlfError(f'owner of caption {bad[0]} is {owner[bad[0]]}: '
+                        f'clips run from 0 to {n_clips - 1}')
     alone = np.flatnonzero(np.bincount(owner, minlength=n_clips) == 0)
     if len(alone): raise CmlfError(f'clip {alone[0]} has no caption: drop it or give it one')
     return torch.from_numpy(owner.astype(np.int64))
 
+# %% ../nbs/07_metrics.ipynb #5f2b306c
 def _first(owner, first, n_clips):
     "Captions of the first `first` clips, as indices."
     if not 1 <= first <= n_clips: raise CmlfError(f'first={first}: the pool has {n_clips} clips')
     return (owner < first).nonzero()[:, 0]
 
-# %% ../nbs/07_metrics.ipynb #794e8d7e
+# %% ../nbs/07_metrics.ipynb #a992f415
 def retrieval_from_similarity(sim, # (T captions, C clips), array or tensor
                               owner, # (T,) clip of each caption
-                              first:int|None=None, # score in the pool of the first `first` clips only
+                              first:int|None=None, # score in the pool of this many clips only, the first
                              ) -> Retrieval:
     "Ranks both ways from similarities; ties averaged, a clip's rank the best of its captions."
     sim = torch.as_tensor(sim).detach()
-    if sim.ndim != 2: raise CmlfError(f'similarities of shape {tuple(sim.shape)}: should be (captions, clips)')
+    if sim.ndim != 2:
+        raise CmlfError(f'similarities of shape {tuple(sim.shape)}: should be (captions, clips)')
     if not sim.is_floating_point(): sim = sim.double()
     owner = _owners(owner, *sim.shape).to(sim.device)
     if first is not None:
@@ -106,11 +118,12 @@ def retrieval_from_similarity(sim, # (T captions, C clips), array or tensor
     own = sim[torch.arange(len(sim), device=sim.device), owner]
     return Retrieval(*_ranks(lambda rows: sim[rows], own, owner, sim.shape[1]), owner.cpu().numpy())
 
-# %% ../nbs/07_metrics.ipynb #4f438990
+# %% ../nbs/07_metrics.ipynb #fe81c0ba
 def _unit(x, what):
     "Embeddings with unit length, float64."
     x = torch.as_tensor(x).detach()
-    if x.ndim != 2: raise CmlfError(f'{what} embeddings of shape {tuple(x.shape)}: should be (n, d)')
+    if x.ndim != 2:
+        raise CmlfError(f'{what} embeddings of shape {tuple(x.shape)}: should be (n, d)')
     bad = (~x.isfinite().all(1)).nonzero()
     if len(bad): raise CmlfError(f'{what} embedding {int(bad[0])} holds NaN or infinity')
     return nnf.normalize(x.double(), dim=1)
@@ -118,26 +131,28 @@ def _unit(x, what):
 def retrieval(audio, # (C, d) embeddings of the clips
               text, # (T, d) embeddings of the captions
               owner, # (T,) clip of each caption
-              first:int|None=None, # score in the pool of the first `first` clips only
+              first:int|None=None, # score in the pool of this many clips only, the first
              ) -> Retrieval:
     "Ranks both ways by cosine, block by block: the (T, C) matrix is never held whole."
     audio, text = _unit(audio, 'audio'), _unit(text, 'text')
     if audio.shape[1] != text.shape[1]:
-        raise CmlfError(f'audio embeddings have {audio.shape[1]} dimensions, text {text.shape[1]}: should be equal')
+        raise CmlfError(f'audio embeddings have {audio.shape[1]} dimensions, text {text.shape[1]}: '
+                        'should be equal')
     owner = _owners(owner, len(text), len(audio)).to(audio.device)
     if first is not None:
         kept = _first(owner, first, len(audio))
         audio, text, owner = audio[:first], text[kept], owner[kept]
     own = (text * audio[owner]).sum(1).float()
-    return Retrieval(*_ranks(lambda rows: (text[rows] @ audio.T).float(), own, owner, len(audio)), owner.cpu().numpy())
+    cosines = lambda rows: (text[rows] @ audio.T).float()
+    return Retrieval(*_ranks(cosines, own, owner, len(audio)), owner.cpu().numpy())
 
-# %% ../nbs/07_metrics.ipynb #4a887911
+# %% ../nbs/07_metrics.ipynb #880a2bd6
 def _parts(results, k, direction):
-    "Per direction: mean hits (C,) and queries (C,) of each clip, averaged over `results` (seeds) and depths."
+    "Per direction: hits (C,), averaged over `results` (seeds) and depths, and queries (C,)."
     results = [results] if isinstance(results, Retrieval) else list(results)
     ks, C, owner = KS if k is None else (k,), len(results[0].a2t_ranks), results[0].owner
     if any(not np.array_equal(r.owner, owner) for r in results):
-        raise CmlfError('results of different test sets cannot be averaged or compared: score them on one')
+        raise CmlfError('results of different test sets cannot be compared: score them on one')
     parts = []
     for d in DIRECTIONS if direction is None else (direction,):
         hits = np.mean([r.ranks(d) < k for r in results for k in ks], axis=0)
@@ -145,8 +160,9 @@ def _parts(results, k, direction):
         parts.append((np.bincount(clip, hits, C), np.bincount(clip, minlength=C)))
     return parts
 
+# %% ../nbs/07_metrics.ipynb #f704a625
 def _bootstrap(parts, draws, seed):
-    "`draws` values of the mean over `parts` of the ratio above, in percent, from clips drawn again."
+    "`draws` values of the ratio above in percent, averaged over `parts`, from clips drawn again."
     random, C = rng(seed, 'bootstrap'), len(parts[0][0])
     values = []
     for n in [1000] * (draws // 1000) + [draws % 1000]:
@@ -154,7 +170,6 @@ def _bootstrap(parts, draws, seed):
         values.append(np.mean([100 * (w @ h) / (w @ q) for h, q in parts], axis=0))
     return np.concatenate(values)
 
-# %% ../nbs/07_metrics.ipynb #f4b48ff1
 def interval(result, # a Retrieval, or several (seeds) of one test set, averaged
              k:int|None=None, # depth; None: the mean over 1, 5 and 10
              direction:str|None=None, # 't2a' or 'a2t'; None: the mean of both
@@ -165,18 +180,21 @@ def interval(result, # a Retrieval, or several (seeds) of one test set, averaged
     values = _bootstrap(_parts(result, k, direction), draws, seed)
     return tuple(float(x) for x in np.percentile(values, [50 - level / 2, 50 + level / 2]))
 
-# %% ../nbs/07_metrics.ipynb #e73aed07
+# %% ../nbs/07_metrics.ipynb #efd6d76d
 @dataclass(frozen=True)
 class Paired:
-    "Difference of two models' recalls in points, its interval, and the p of a sign-flip test over clips."
+    "Difference of two recalls in points, its 95 % interval, p of a sign-flip test over clips."
     difference:float
     low:float
     high:float
     p:float
     clips:int
-    def __str__(self): return f'{self.difference:+.1f} points [{self.low:+.1f}, {self.high:+.1f}], p = {self.p:.2g}'
+    def __str__(self):
+        inside = f'[{self.low:+.1f}, {self.high:+.1f}]'
+        return f'{self.difference:+.1f} points {inside}, p = {self.p:.2g}'
     def _repr_markdown_(self): return f'{self} ({self.clips} clips)'
 
+# %% ../nbs/07_metrics.ipynb #b6f5ceea
 def paired_test(a, # a Retrieval, or several (seeds), averaged
                 b, # the same of the other model, on the same test set
                 k:int|None=None, # depth; None: the mean over 1, 5 and 10
@@ -195,11 +213,12 @@ def paired_test(a, # a Retrieval, or several (seeds), averaged
     low, high = np.percentile(_bootstrap(parts, draws, seed), [2.5, 97.5])
     return Paired(float(d.sum()), float(low), float(high), (1 + beyond) / (1 + draws), len(d))
 
-# %% ../nbs/07_metrics.ipynb #725b2bd8
+# %% ../nbs/07_metrics.ipynb #db4dde68
 def holm(ps) -> np.ndarray:
     "p-values corrected for being several (Holm 1979), in the order given."
     ps = np.asarray(ps, dtype=float)
-    if ps.ndim != 1 or not ((ps >= 0) & (ps <= 1)).all(): raise CmlfError(f'p-values {ps}: should be numbers from 0 to 1')
+    if ps.ndim != 1 or not ((ps >= 0) & (ps <= 1)).all():
+        raise CmlfError(f'p-values {ps}: should be numbers from 0 to 1')
     order = np.argsort(ps)
     corrected = np.empty(len(ps))
     corrected[order] = np.minimum(1, np.maximum.accumulate(ps[order] * np.arange(len(ps), 0, -1)))
