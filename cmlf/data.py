@@ -44,7 +44,7 @@ class Clip:
     tags:tuple=()   # names of audible events
     credit:str=''   # who recorded it, under which licence
 
-# %% ../nbs/02_data.ipynb #0703a17d
+# %% ../nbs/02_data.ipynb #ca37c023
 class Corpus:
     "Clips in order, and how to hear them."
     def __init__(self,
@@ -56,28 +56,29 @@ class Corpus:
                  about:str=''): # a sentence for people
         self.name, self.clips, self.read, self.seconds = name, list(clips), read, seconds
         self.ledger, self.about = ledger, about
-        self._check()
+        _check_clips(name, self.clips)
         self.captions = [t for c in self.clips for t in c.captions]
         counts = np.array([len(c.captions) for c in self.clips], np.int64)
         self.owner = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
         self.tags = sorted({t for c in self.clips for t in c.tags})
 
-    def _check(self):
-        seen = set()
-        for c in self.clips:
-            one_of(c.split, SPLITS, f'split of clip {c.id!r}')
-            if not c.captions: raise CmlfError(f'{self.name}: clip {c.id!r} has no caption; give it one or leave it out')
-            if c.id in seen: raise CmlfError(f'{self.name}: two clips are called {c.id!r}; rename one')
-            seen.add(c.id)
-
     def __len__(self): return len(self.clips)
     def __repr__(self):
         per = ', '.join(f'{sum(c.split == s for c in self.clips)} {s}' for s in SPLITS)
-        return f'Corpus {self.name}: {len(self)} clips ({per}), {len(self.captions)} captions, {self.seconds:g} s'
+        return f'Corpus {self.name}: {len(self)} clips ({per}), {len(self.captions)} captions'
 
-# %% ../nbs/02_data.ipynb #b2da6099
+def _check_clips(name, clips):
+    "Refuse clips that no corpus could hold."
+    seen = set()
+    for c in clips:
+        one_of(c.split, SPLITS, f'split of clip {c.id!r}')
+        if not c.captions: raise CmlfError(f'{name}: clip {c.id!r} has no caption; give it one')
+        if c.id in seen: raise CmlfError(f'{name}: two clips are called {c.id!r}; rename one')
+        seen.add(c.id)
+
+# %% ../nbs/02_data.ipynb #16202452
 @patch
-def waveform(self:Corpus, i:int):
+def waveform(self:Corpus, i:int) -> np.ndarray:
     "Waveform (samples,) of clip `i`, float32 at 32 kHz."
     return self.read(self.clips[i])
 
@@ -88,61 +89,30 @@ def _part(corpus, clips, ledger):
     return part
 
 @patch
-def split(self:Corpus, name:str):
+def split(self:Corpus, name:str) -> Corpus:
     "The clips of one split with their part of the ledger."
     one_of(name, SPLITS, 'split')
     clips = [c for c in self.clips if c.split == name]
-    if not clips: raise CmlfError(f'{self.name} has no {name} clips; its table needs a {name} split')
+    if not clips: raise CmlfError(f'{self.name} has no {name} clips; its tables need some')
     return _part(self, clips, None if self.ledger is None else self.ledger[self.ledger.split == name])
 
+# %% ../nbs/02_data.ipynb #eacaa92e
 @patch
-def only(self:Corpus, ids):
-    "The clips with these ids, in the corpus's order; the ledger stays whole, so coverage says what is left."
+def only(self:Corpus, ids) -> Corpus:
+    "The clips with these ids, in the corpus's order; the ledger stays, so coverage says what is left."
     ids = set(ids)
-    if lost := sorted(ids - {c.id for c in self.clips}): raise CmlfError(f'{self.name} has no clip {lost[0]!r}')
+    lost = sorted(ids - {c.id for c in self.clips})
+    if lost: raise CmlfError(f'{self.name} has no clip {lost[0]!r}; choose among its ids')
     return _part(self, [c for c in self.clips if c.id in ids], self.ledger)
 
-# %% ../nbs/02_data.ipynb #260fd355
+# %% ../nbs/02_data.ipynb #3ea0f6f8
 @patch
 def groups(self:Corpus, by:str='meaning') -> np.ndarray: # 'meaning' or 'caption'
-    "Labels (N,) int64, equal where two clips say the same; a clip without a meaning goes by its first caption."
+    "Labels (N,) int64, equal where two clips say the same; without a meaning, the first caption counts."
     one_of(by, ('meaning', 'caption'), 'grouping')
     says = [c.meaning if by == 'meaning' and c.meaning else f'"{c.captions[0]}"' for c in self.clips]
     return np.unique(says, return_inverse=True)[1].astype(np.int64)
 
-# %% ../nbs/02_data.ipynb #dcf21e61
-@patch
-def pairs(self:Corpus, rng=None):
-    "(clip, caption) int64 indices of pairs: all T of them, or with `rng` one caption drawn for each of the N clips."
-    if rng is None: return self.owner, np.arange(len(self.captions))
-    counts = np.bincount(self.owner, minlength=len(self))
-    return np.arange(len(self)), np.cumsum(counts) - counts + rng.integers(0, counts)
-
-# %% ../nbs/02_data.ipynb #96b49a51
-def _audio_key(source:str) -> str:
-    "A recipe is its own key; a file's is its path, size and time of writing."
-    path = Path(source)
-    if not path.is_absolute() or not path.is_file(): return source
-    stat = path.stat()
-    return content_hash(source, stat.st_size, stat.st_mtime_ns)
-
-@patch(as_prop=True)
-def keys(self:Corpus) -> list:
-    "Key of each clip's sound: sha256 where the ledger has it, else the recipe, else path, size and time."
-    if not hasattr(self, '_keys'):
-        sha = {} if self.ledger is None else dict(zip(self.ledger.id, self.ledger.sha256))
-        self._keys = [sha.get(c.id) or _audio_key(c.source) for c in self.clips]
-    return self._keys
-
-@patch(as_prop=True)
-def hash(self:Corpus) -> str:
-    "Content hash of clips, captions and sounds."
-    if not hasattr(self, '_hash'):
-        said = [[c.id, c.split, c.captions, c.meaning, c.tags] for c in self.clips]
-        self._hash = content_hash(said, self.keys)
-    return self._hash
-
-# %% ../nbs/02_data.ipynb #20212b5c
 @patch(as_prop=True)
 def tag_matrix(self:Corpus) -> np.ndarray:
     "(N, n_tags) float32, 1 where a clip has the tag; columns in the order of `tags`."
@@ -151,7 +121,37 @@ def tag_matrix(self:Corpus) -> np.ndarray:
     for i, c in enumerate(self.clips): m[i, [column[t] for t in c.tags]] = 1
     return m
 
-# %% ../nbs/02_data.ipynb #472bd8f2
+# %% ../nbs/02_data.ipynb #a23cafd2
+@patch
+def pairs(self:Corpus, rng=None) -> tuple: # numpy Generator
+    "(clip, caption) int64 indices: all T pairs, or with `rng` one caption drawn for each of N clips."
+    if rng is None: return self.owner, np.arange(len(self.captions))
+    counts = np.bincount(self.owner, minlength=len(self))
+    return np.arange(len(self)), np.cumsum(counts) - counts + rng.integers(0, counts)
+
+# %% ../nbs/02_data.ipynb #edd9acb0
+def _sound_key(source:str) -> str:
+    "A recipe is its own key; a file's is its path, size and time of writing."
+    path = Path(source)
+    if not path.is_absolute() or not path.is_file(): return source
+    stat = path.stat()
+    return content_hash(source, stat.st_size, stat.st_mtime_ns)
+
+@patch(as_prop=True)
+def keys(self:Corpus) -> list:
+    "Key of each clip's sound: sha256 where the ledger has it, else recipe, else path, size and time."
+    if not hasattr(self, '_keys'):
+        sha = {} if self.ledger is None else dict(zip(self.ledger.id, self.ledger.sha256))
+        self._keys = [sha.get(c.id) or _sound_key(c.source) for c in self.clips]
+    return self._keys
+
+@patch(as_prop=True)
+def hash(self:Corpus) -> str:
+    "Content hash of clips, captions and sounds."
+    said = [[c.id, c.split, c.captions, c.meaning, c.tags] for c in self.clips]
+    return content_hash(said, self.keys)
+
+# %% ../nbs/02_data.ipynb #6ac6eaed
 def _csv_rows(path):
     "(row number, fields) of every line that is not blank."
     data, n = Path(path).read_bytes(), 0
@@ -163,39 +163,45 @@ def _csv_rows(path):
         row = data.count(b'\n', 0, e.start) + 1
         raise CmlfError(f'{path} row {row}: not UTF-8 text; save it as UTF-8') from None
     except csv.Error as e:
-        raise CmlfError(f'{path} row {n + 1}: {e}; it is half-written or a quote is not closed') from None
+        raise CmlfError(f'{path} row {n + 1}: {e}; half-written, or a quote not closed') from None
 
+def _header(path) -> list:
+    return [c.strip() for c in next(_csv_rows(path), (0, ()))[1]]
+
+# %% ../nbs/02_data.ipynb #ca295419
 def _csv_table(path):
     "('FILE row N', {column: field}) of every row."
-    rows = _csv_rows(path)
-    columns = [c.strip() for c in next(rows, (0, ()))[1]]
+    columns, rows = _header(path), _csv_rows(path)
     if not columns: raise CmlfError(f'{path}: empty; download it again')
-    if len(set(columns)) < len(columns): raise CmlfError(f'{path} row 1: two columns of one name; rename one')
+    if len(set(columns)) < len(columns): raise CmlfError(f'{path} row 1: two columns of one name')
+    next(rows)
     for n, fields in rows:
         if len(fields) != len(columns):
             raise CmlfError(f'{path} row {n}: {len(fields)} fields where the header has {len(columns)}; '
                             'the file is half-written or a comma is not quoted')
         yield f'{path} row {n}', dict(zip(columns, fields))
 
-# %% ../nbs/02_data.ipynb #44eabb2f
 def _parquet_table(path):
     "('FILE row N', {column: value}) of every row."
     try: rows = pd.read_parquet(path).to_dict('records')
-    except ImportError: raise CmlfError(f"{path}: parquet needs pyarrow; pip install 'cmlf[data]'") from None
+    except ImportError:
+        raise CmlfError(f"{path}: parquet needs pyarrow; pip install 'cmlf[data]'") from None
     except (OSError, ValueError) as e: raise CmlfError(f'{path}: not parquet ({e}); write it again') from None
     return [(f'{path} row {n}', row) for n, row in enumerate(rows, 1)]
 
+# %% ../nbs/02_data.ipynb #ef944b98
 def read_table(path, # csv (UTF-8, with or without BOM, any line ending) or parquet
                needs=(), # columns it must have
               ) -> list:
     "[('FILE row N', {column: value}), ...]; `CmlfError` for a broken row, a lost column, no rows."
     table = list((_parquet_table if Path(path).suffix == '.parquet' else _csv_table)(path))
     if not table: raise CmlfError(f'{path}: no rows below the header; download it again')
-    lost = [c for c in needs if c not in table[0][1]]
-    if lost: raise CmlfError(f'{path} row 1: no column {lost[0]!r}; it has {", ".join(table[0][1])}')
+    has = table[0][1]
+    lost = [c for c in needs if c not in has]
+    if lost: raise CmlfError(f'{path} row 1: no column {lost[0]!r}; it has {", ".join(has)}')
     return table
 
-# %% ../nbs/02_data.ipynb #0d526bb5
+# %% ../nbs/02_data.ipynb #ec097331
 @dataclass
 class Entry:
     "A clip as a table tells of it, before its sound is looked for."
@@ -208,10 +214,19 @@ class Entry:
     path:str=''     # its file, where the table says so
     more:dict=field(default_factory=dict)  # meaning, tags, credit
 
-# %% ../nbs/02_data.ipynb #b0eee4f0
+def _add(entry, new):
+    "A further caption of a clip; what its rows say of the clip must agree."
+    for key in ('split', 'id', 'start', 'more'):
+        a, b, name = getattr(entry, key), getattr(new, key), new.path or new.id
+        if a == b: continue
+        raise CmlfError(f'{new.where}: {key} of {name} is {b!r} here, {a!r} in {entry.where}; make them one')
+    entry.raw += new.raw
+    entry.names += new.names[1:]
+
+# %% ../nbs/02_data.ipynb #ece65166
 def _filled(value, where, column) -> str:
     "`value` if it is text and not blank."
-    if not isinstance(value, str): raise CmlfError(f'{where}: {column} is {value!r}, not text; write it')
+    if not isinstance(value, str): raise CmlfError(f'{where}: {column} is {value!r}, not text')
     if not value.strip(): raise CmlfError(f'{where}: {column} is empty; write it or remove the row')
     if '\0' in value or '\ufffd' in value:
         raise CmlfError(f'{where}: {column} has broken characters; download the file again')
@@ -220,15 +235,15 @@ def _filled(value, where, column) -> str:
 def _caption(value, where, column='caption') -> str:
     "`value` if a person could have said it."
     if any(ch.isalpha() for ch in _filled(value, where, column)): return value
-    raise CmlfError(f'{where}: {column} is {value!r}, not text; write the caption or remove the row')
+    raise CmlfError(f'{where}: {column} is {value!r}, not text; write it or remove the row')
 
 def _once(seen, key, where, what):
     "Remember where `key` was; a second one is refused."
-    if key in seen: raise CmlfError(f'{where}: {what} was already in {seen[key]}; remove one of the two')
+    if key in seen: raise CmlfError(f'{where}: {what} was already in {seen[key]}; remove one of them')
     seen[key] = where
 
-# %% ../nbs/02_data.ipynb #20228538
-_EXTENSIONS = '.wav', '.flac', '.ogg', '.opus', '.mp3', '.aiff', '.aif', '.m4a', '.webm', '.mp4', '.aac'
+# %% ../nbs/02_data.ipynb #ed82572a
+_EXTENSIONS = '.wav .flac .ogg .opus .mp3 .aiff .aif .m4a .webm .mp4 .aac'.split()  # best first
 _ID = '([A-Za-z0-9_-]{11})'  # of a YouTube video
 
 def _stem(name:str) -> str:
@@ -237,18 +252,18 @@ def _stem(name:str) -> str:
     base, ext = os.path.splitext(name)
     return base if ext.lower() in _EXTENSIONS else name
 
+def _is_blank(value) -> bool:
+    "Whether a cell of a table holds nothing."
+    return value is None or value != value or isinstance(value, str) and not value.strip()
+
 def _captions(row, where, spare=False) -> list:
-    "Captions of a row: `caption`, or `caption_1`, `caption_2`, ...; with `spare`, the last may be blank."
-    columns = sorted((c for c in row if re.fullmatch(r'caption_\d+', str(c))), key=lambda c: int(c[8:]))
+    "Captions of a row: `caption`, or `caption_1`, ...; with `spare`, the last may be blank."
+    columns = sorted((c for c in row if re.fullmatch(r'caption_\d+', c)), key=lambda c: int(c[8:]))
     if bool(columns) == ('caption' in row):
         raise CmlfError(f'{where}: the columns should be caption, or caption_1, caption_2, ...')
     columns = columns or ['caption']
     while spare and len(columns) > 1 and _is_blank(row[columns[-1]]): columns.pop()
     return [_caption(row[c], where, c) for c in columns]
-
-def _is_blank(value) -> bool:
-    "Whether a cell of a table holds nothing."
-    return value is None or value != value or isinstance(value, str) and not value.strip()
 
 # %% ../nbs/02_data.ipynb #faffb71c
 def _named_entries(tables:dict) -> list:
@@ -264,13 +279,12 @@ def _named_entries(tables:dict) -> list:
         entries.append(Entry(id, split, _captions(row, where), where, names))
     return entries
 
-# %% ../nbs/02_data.ipynb #9689ac76
+# %% ../nbs/02_data.ipynb #040f0631
 def _official_entry(row, where, split) -> Entry:
     "One row of AudioCaps' official csv as an entry of its own."
     id, start, caption_id = (row[c].strip() for c in ('youtube_id', 'start_time', 'audiocap_id'))
     if not re.fullmatch(_ID, id):
-        raise CmlfError(f'{where}: youtube_id {id!r} is none; a spreadsheet may have changed it, '
-                        'download the file again')
+        raise CmlfError(f'{where}: youtube_id {id!r} is none; did a spreadsheet change it? Download it again')
     if not start.isdigit(): raise CmlfError(f'{where}: start_time {start!r} is no number of seconds')
     return Entry(id, split, [_caption(row['caption'], where)], where, (id, caption_id), start)
 
@@ -285,31 +299,24 @@ def _official_entries(tables:dict) -> list:
             if e is not new: _add(e, new)
     return list(clips.values())
 
-def _add(entry, new):
-    "A further caption of a clip; what its rows say of the clip must agree."
-    for key in ('split', 'id', 'start', 'more'):
-        a, b = getattr(entry, key), getattr(new, key)
-        if a == b: continue
-        raise CmlfError(f'{new.where}: {key} of {new.path or new.id} is {b!r} here, {a!r} in {entry.where}; make them one')
-    entry.raw += new.raw
-    entry.names += new.names[1:]
-
-# %% ../nbs/02_data.ipynb #92dac850
-_ALIASES = dict(train='train', training='train', val='val', valid='val', validation='val', test='test', testing='test')
+# %% ../nbs/02_data.ipynb #c3ec1e13
+_ALIASES = dict(train='train', training='train', val='val', valid='val', validation='val',
+                test='test', testing='test')
 
 def hash_split(name:str) -> str:
     "'train', 'val' or 'test' for 80, 10 and 10 % of names, the same everywhere and for ever."
     share = int(content_hash(name, length=8), 16) / 16**8
     return 'train' if share < .8 else 'val' if share < .9 else 'test'
 
-# %% ../nbs/02_data.ipynb #af4755c5
+# %% ../nbs/02_data.ipynb #32c2a4d7
 def _manifest_entry(row, where) -> Entry:
     "One row of a manifest as an entry of its own."
     path = _filled(row['path'], where, 'path').strip().replace('\\', '/')
     split = _ALIASES.get(str(row['split']).strip().lower()) if 'split' in row else hash_split(path)
     if split is None: raise CmlfError(f'{where}: split {row["split"]!r} should be train, val or test')
-    told = {k: str(row[k]).strip() for k in ('id', 'meaning', 'tags', 'credit') if not _is_blank(row.get(k))}
-    if 'tags' in told: told['tags'] = tuple(t.strip() for t in told['tags'].split(';') if t.strip())
+    extra = [k for k in ('id', 'meaning', 'tags', 'credit') if not _is_blank(row.get(k))]
+    told = {k: str(row[k]).strip() for k in extra}
+    if 'tags' in told: told['tags'] = tuple(filter(None, map(str.strip, told['tags'].split(';'))))
     id = told.pop('id', path)
     return Entry(id, split, _captions(row, where, spare=True), where, path=path, more=told)
 
@@ -317,8 +324,7 @@ def _manifest_entries(tables:dict) -> list:
     "Entries of a manifest: a clip has one row, or several with one caption each."
     clips, seen = {}, {}
     for where, row in read_table(tables['all'], ['path']):
-        new = _manifest_entry(row, where)
-        caption = row.get('caption')
+        new, caption = _manifest_entry(row, where), row.get('caption')
         _once(seen, (new.path, caption), where, new.path + (' with this caption' if caption else ''))
         if new.path in clips: _add(clips[new.path], new)
         else:
@@ -326,76 +332,80 @@ def _manifest_entries(tables:dict) -> list:
             clips[new.path] = new
     return list(clips.values())
 
-# %% ../nbs/02_data.ipynb #e467dceb
+# %% ../nbs/02_data.ipynb #66083ffd
 @dataclass(frozen=True)
 class Layout:
     "One way in which a corpus lies on a disk."
     name:str
-    looks_for:str          # what has to be there, for people
-    entries:object         # function {split: table} -> entries
-    homes:tuple            # folders that may hold the tables
-    table:str              # what a table is called; {} is the split
-    column:str             # a column that this layout's tables have
-    splits:dict            # {split: its name in file names}
-    shortest:float=0       # share of `seconds` below which a clip is of the wrong length; 0: any is right
-    folders:dict=field(default_factory=lambda: _ALIASES)  # words in folder names and their split
+    looks_for:str     # what has to be there, for people
+    entries:object    # function {split: table} -> entries
+    homes:tuple       # folders that may hold the tables
+    table:str         # what a table is called; {} is the split
+    column:str        # a column that this layout's tables have
+    splits:dict       # {split: its name in file names}
+    shortest:float=0  # share of `seconds` below which a clip is of the wrong length; 0: any is right
+    folders:dict=field(default_factory=lambda: _ALIASES)  # {word in a folder's name: split}
 
 _SAME = {s: s for s in SPLITS}
 _CLOTHO = dict(train='development', val='validation', test='evaluation')
-_CLOTHO_FOLDERS = {w: s for s, w in _CLOTHO.items()} | dict(test='', analysis='')  # '': no captions there
+_CLOTHO_FOLDERS = {w: s for s, w in _CLOTHO.items()} | dict(test='', analysis='')  # no captions there
 
-# %% ../nbs/02_data.ipynb #c4a03a3d
+# %% ../nbs/02_data.ipynb #5ba52fec
 LAYOUTS = {l.name: l for l in [
-    Layout('csv_files', 'csv_files/{train,val,test}.csv with file_name, beside waveforms/', _named_entries,
-           ('.', 'csv_files'), '{}.csv', 'file_name', _SAME, .5),
-    Layout('audiocaps', '{train,val,test}.csv with youtube_id, or AUDIOCAPS/ of aac-datasets', _official_entries,
-           ('.', 'dataset', 'csv_files', 'AUDIOCAPS'), '{}.csv', 'youtube_id', _SAME, .9),
+    Layout('csv_files', 'csv_files/{train,val,test}.csv with file_name, beside waveforms/',
+           _named_entries, ('.', 'csv_files'), '{}.csv', 'file_name', _SAME, .5),
+    Layout('audiocaps', '{train,val,test}.csv with youtube_id, or AUDIOCAPS/ of aac-datasets',
+           _official_entries, ('.', 'dataset', 'csv_files', 'AUDIOCAPS'), '{}.csv', 'youtube_id', _SAME, .9),
     Layout('clotho', 'clotho_captions_{development,validation,evaluation}.csv, or CLOTHO_v2.1/ of aac-datasets',
-           _named_entries, ('.', 'clotho_csv_files', 'CLOTHO_v*/clotho_csv_files'), 'clotho_captions_{}.csv',
-           'file_name', _CLOTHO, .5, _CLOTHO_FOLDERS),
-    Layout('manifest', 'a csv or parquet with path and caption, or manifest.csv', _manifest_entries,
-           ('.',), 'manifest.csv', 'path', dict(all=''))]}
+           _named_entries, ('.', 'clotho_csv_files', 'CLOTHO_v*/clotho_csv_files'),
+           'clotho_captions_{}.csv', 'file_name', _CLOTHO, .5, _CLOTHO_FOLDERS),
+    Layout('manifest', 'a csv or parquet with path and caption, or manifest.csv',
+           _manifest_entries, ('.',), 'manifest.csv', 'path', dict(all=''))]}
 
-# %% ../nbs/02_data.ipynb #e56a24dc
 _TABLE_FOLDERS = 'csv_files', 'dataset', 'clotho_csv_files'  # the sound is beside these, not inside
-_SOUND_FOLDERS = 'waveforms', 'audio', 'wavs', f'audio_{SAMPLE_RATE}Hz', 'audio_*Hz', 'clotho_audio_files'
+_SOUND_FOLDERS = ('waveforms', 'audio', 'wavs', f'audio_{SAMPLE_RATE}Hz', 'audio_*Hz',
+                  'clotho_audio_files')
 
-def _header(path) -> list:
-    return [c.strip() for c in next(_csv_rows(path), (0, ()))[1]]
+# %% ../nbs/02_data.ipynb #4f7d1d10
+def _sound_folder(folder):
+    "Where the sound of tables in `folder` is."
+    top = folder.parent if folder.name in _TABLE_FOLDERS else folder
+    return next((f for n in _SOUND_FOLDERS for f in sorted(top.glob(n))), top)
 
 def _find(layout, path) -> list:
     "Every place below `path` where the layout lies: ({split: table}, folder of the sound)."
     if path.is_file(): return [({'all': path}, path.parent)] if layout.name == 'manifest' else []
+    folders = [f for h in layout.homes for f in (sorted(path.glob(h)) if '*' in h else [path/h])]
     hits = []
-    for folder in (f for h in layout.homes for f in (sorted(path.glob(h)) if '*' in h else [path/h])):
+    for folder in folders:
         files = {s: folder/layout.table.format(w) for s, w in layout.splits.items()}
         tables = {s: f for s, f in files.items() if f.is_file() and layout.column in _header(f)}
-        top = folder.parent if folder.name in _TABLE_FOLDERS else folder
-        if tables: hits.append((tables, next((f for n in _SOUND_FOLDERS for f in sorted(top.glob(n))), top)))
+        if tables: hits.append((tables, _sound_folder(folder)))
     return hits
 
-# %% ../nbs/02_data.ipynb #49bd9dcf
+# %% ../nbs/02_data.ipynb #0bc1a6cd
 def recognise(path, # folder or file
               layout=None, # a name from `LAYOUTS`; None: find out
-             ):
-    "(layout, {split: table}, folder of the sound) at `path`; `CmlfError` lists what was looked for."
+             ) -> tuple:
+    "(layout, {split: table}, folder of the sound) at `path`; `CmlfError` says what was looked for."
     path = Path(path).expanduser().absolute()
     if not path.exists(): raise CmlfError(f'{path}: no such file or folder')
     known = LAYOUTS.values() if layout is None else [LAYOUTS[one_of(layout, LAYOUTS, 'layout')]]
     hits = [(l, *hit) for l in known for hit in _find(l, path)]
-    if not hits: raise CmlfError(f'{path}: no corpus found; looked for ' + '; or '.join(l.looks_for for l in known))
     if len(hits) == 1: return hits[0]
+    if not hits:
+        raise CmlfError(f'{path}: no corpus found; looked for ' + '; or '.join(l.looks_for for l in known))
     places = ' and '.join(f'{l.name} in {next(iter(t.values())).parent}' for l, t, _ in hits)
     raise CmlfError(f'{path}: holds {places}; give the folder of one, or layout=')
 
-# %% ../nbs/02_data.ipynb #47bdd428
-_VIDEO = re.compile(f'Y?{_ID}(?:_([0-9.]+))(?:_[0-9.]+)?')  # id, start and perhaps end
+# %% ../nbs/02_data.ipynb #ceee4591
+_VIDEO = re.compile(f'Y?{_ID}(?:_([0-9]+(?:[.][0-9]*)?))(?:_[0-9.]+)?')  # id, start and perhaps end
 
 def _is_sound(name:str) -> bool:
     return os.path.splitext(name)[1].lower() in _EXTENSIONS and not name.startswith('.')
 
 def _index_sound(folder) -> dict:
-    "{name without extension, or YouTube id: [files]} of everything below; links are followed once."
+    "{name without extension, or YouTube id: [files]} of all below `folder`; links are followed once."
     index, seen = defaultdict(list), set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
@@ -407,7 +417,7 @@ def _index_sound(folder) -> dict:
         seen.add(real)
     return index
 
-# %% ../nbs/02_data.ipynb #dc82eb30
+# %% ../nbs/02_data.ipynb #1cce0a23
 def _folder_split(file, top, folders):
     "The split that a file's folder speaks for; None if it speaks for none."
     for part in reversed(file.relative_to(top).parts[:-1]):
@@ -417,18 +427,19 @@ def _folder_split(file, top, folders):
 def _starts_right(file, entry) -> bool:
     "Whether the start time in a file's name, if any, is the entry's, in seconds or milliseconds."
     video = _VIDEO.fullmatch(_stem(file.name))
-    if not entry.start or not video or video[2].count('.') > 1: return True
+    if not entry.start or not video: return True
     return float(video[2]) in (float(entry.start), 1000 * float(entry.start))
 
 def _locate(entry, index, top, folders):
     "(file or None, remark) for an entry."
+    fits = lambda f: _starts_right(f, entry) and _folder_split(f, top, folders) in (None, entry.split)
     named = next((index[n] for n in entry.names if n in index), [])
-    right = [f for f in named if _starts_right(f, entry) and _folder_split(f, top, folders) in (None, entry.split)]
-    if not right: return None, f'only found as {named[0].relative_to(top)}' if named else 'no file of that name'
-    best = min(right, key=lambda f: (_EXTENSIONS.index(f.suffix.lower()), str(f)))
-    return best, f'{len(right)} files, took {best.relative_to(top)}' if len(right) > 1 else ''
+    if not named: return None, 'no file of that name'
+    right = sorted(filter(fits, named), key=lambda f: (_EXTENSIONS.index(f.suffix.lower()), str(f)))
+    if not right: return None, f'only found as {named[0].relative_to(top)}'
+    return right[0], f'{len(right)} files, took {right[0].relative_to(top)}' if len(right) > 1 else ''
 
-# %% ../nbs/02_data.ipynb #11c347c5
+# %% ../nbs/02_data.ipynb #fb6f13d0
 def _look(path) -> dict:
     "Length, rate and sha256 of a sound file; `error` says why it is unreadable."
     seen = dict(seconds=0.0, rate=0, sha256='', error='')
@@ -437,18 +448,18 @@ def _look(path) -> dict:
         with sf.SoundFile(path) as f:
             seen |= dict(seconds=f.frames / f.samplerate, rate=f.samplerate)
             if f.frames: f.seek(f.frames - 1)
-            if f.frames and not len(f.read(1)): seen['error'] = 'ends before its header says'
-    except sf.SoundFileError: seen['error'] = 'cut off' if seen['seconds'] else 'not a sound that can be decoded'
+            if f.frames and not len(f.read(1)): seen['error'] = 'cut off'
+    except sf.SoundFileError: seen['error'] = 'cut off' if seen['seconds'] else 'not a sound that can be read'
     except OSError as e: seen['error'] = e.strerror or 'not readable'
     return seen
 
-# %% ../nbs/02_data.ipynb #49e9cb62
+# %% ../nbs/02_data.ipynb #7ec286f2
 def cache_folder() -> Path:
     "Where ledgers and looks at files are kept: `CMLF_CACHE`, else ~/.cache/cmlf."
     folder = Path(os.environ.get('CMLF_CACHE') or Path.home()/'.cache'/'cmlf')
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise CmlfError(f'{folder}: cannot be made ({e.strerror}); set CMLF_CACHE to a folder of yours') from None
+        raise CmlfError(f'{folder}: {e.strerror}; set CMLF_CACHE to a folder of yours') from None
     return folder
 
 def _remembered(file) -> dict:
@@ -460,15 +471,14 @@ def _remembered(file) -> dict:
         known[path, size, time] = look
     return known
 
-# %% ../nbs/02_data.ipynb #10db3594
+# %% ../nbs/02_data.ipynb #676b9dbd
 def look_at(paths, # sound files
             file, # remembers looks, a JSON line for each; new ones are added
            ) -> list:
     "[dict(bytes, seconds, rate, sha256, error)] of each file; only new and changed ones are opened."
-    stats = [os.stat(p) for p in paths]
-    keys = [(str(p), s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats)]
+    keys = [(str(p), s.st_size, s.st_mtime_ns) for p in paths for s in [os.stat(p)]]
     known = _remembered(file)
-    new = [k for k in keys if k not in known]
+    new = [k for k in dict.fromkeys(keys) if k not in known]
     with (open(file, 'a', encoding='utf-8') as f, ThreadPoolExecutor() as pool,
           Progress(len(new), 'looking at sound files') as bar):
         f.write('\n')  # ends a line that a killed look left
@@ -478,15 +488,18 @@ def look_at(paths, # sound files
             bar.step()
     return [dict(bytes=key[1], **known[key]) for key in keys]
 
-# %% ../nbs/02_data.ipynb #ac3ec52e
+# %% ../nbs/02_data.ipynb #8d8fbd81
 def _verdict(look, seconds, shortest):
     "(status, reason, used) of a file that is there."
     length = look['seconds']
     if look['error']: return 'unreadable', look['error'], False
-    if length < N_FFT / SAMPLE_RATE: return 'wrong length', f'{length:.3f} s, too short for one window', False
-    near, fate = abs(length - seconds) <= .05 * seconds, 'padded' if length < seconds else 'cut'
+    if length < N_FFT / SAMPLE_RATE: return 'wrong length', f'{length:.3f} s, less than a window', False
+    fate = 'padded' if length < seconds else 'cut'
+    reason = '' if abs(length - seconds) <= .05 * seconds else f'{length:.2f} s, {fate} to {seconds:g} s'
     wrong = shortest and not shortest * seconds <= length <= 1.1 * seconds
-    return 'wrong length' if wrong else 'present', '' if near else f'{length:.2f} s, {fate} to {seconds:g} s', True
+    return 'wrong length' if wrong else 'present', reason, True
+
+def _join(*remarks): return '; '.join(filter(None, remarks))
 
 def _note_twins(ledger):
     "Add a remark to sounds that lie in two splits, byte for byte."
@@ -494,15 +507,15 @@ def _note_twins(ledger):
     for _, twins in used[used.duplicated('sha256', keep=False)].groupby('sha256'):
         for i, row in twins.iterrows() if twins.split.nunique() > 1 else ():
             other = twins[twins.split != row.split].iloc[0]
-            ledger.loc[i, 'reason'] = '; '.join(filter(None, (row.reason, f'same bytes as {other.id} in {other.split}')))
+            ledger.loc[i, 'reason'] = _join(row.reason, f'same bytes as {other.id} in {other.split}')
 
-# %% ../nbs/02_data.ipynb #9f7de8f1
+# %% ../nbs/02_data.ipynb #b0abf58d
 _NO_FILE = dict(bytes=0, seconds=0.0, rate=0, sha256='')
 
 def make_ledger(entries, # what the tables tell
                 located, # (file or None, remark) of each
                 seconds:float, # length the clips are padded or cut to
-                shortest:float, # share of `seconds` below which a clip is of the wrong length; 0: none
+                shortest:float, # share of `seconds` below which a length is wrong; 0: none is
                 file, # remembers looks at files
                ) -> pd.DataFrame:
     "One row per clip that should be there: split, id, status, reason, used, path, what was seen, row."
@@ -510,23 +523,20 @@ def make_ledger(entries, # what the tables tell
     for e, (path, remark) in zip(entries, located):
         look = next(looks) if path else _NO_FILE
         status, reason, used = _verdict(look, seconds, shortest) if path else ('missing', '', False)
-        reason = '; '.join(filter(None, (reason, remark)))
-        rows.append(dict(split=e.split, id=e.id, status=status, reason=reason, used=used, path=str(path or ''),
-                         **{k: look[k] for k in _NO_FILE}, row=e.where))
+        rows.append(dict(split=e.split, id=e.id, status=status, reason=_join(reason, remark), used=used,
+                         path=str(path or ''), **{k: look[k] for k in _NO_FILE}, row=e.where))
     ledger = pd.DataFrame(rows)
     _note_twins(ledger)
     return ledger
 
-# %% ../nbs/02_data.ipynb #b6fb2ff7
+# %% ../nbs/02_data.ipynb #2f83b72f
 def _locate_all(entries, top, folders) -> list:
     "(file or None, remark) of every entry; one file for two clips is refused."
     if entries[0].path:
         files = [Path(os.path.normpath(top/e.path)) for e in entries]
         found = [(f, '') if f.is_file() else (None, 'no such file') for f in files]
-    else:
-        index = _index_sound(top)
-        if not index: raise CmlfError(f'{top}: no sound files; give their folder with audio=, or audio=False for captions only')
-        found = [_locate(e, index, top, folders) for e in entries]
+    elif index := _index_sound(top): found = [_locate(e, index, top, folders) for e in entries]
+    else: raise CmlfError(f'{top}: no sound files; give their folder with audio=, or audio=False for none')
     seen = {}
     for e, (file, _) in zip(entries, found):
         if file: _once(seen, file, e.where, f'{file} for clip {e.id!r}')
@@ -537,63 +547,66 @@ def _summary(ledger) -> str:
     there = [f'{g.used.sum()} of {len(g)} {s} clips' for s, g in ledger.groupby('split', sort=False)]
     why = [f'{n} {s}' for s, n in ledger.status[ledger.status != 'present'].value_counts().items()]
     twins = ledger.reason.str.contains('same bytes as').sum()
-    return '; '.join([', '.join(there)] + why + [f'{twins} with the bytes of a clip of another split'] * bool(twins))
+    return _join(', '.join(there), *why, twins and f'{twins} with the bytes of a clip of another split')
 
-# %% ../nbs/02_data.ipynb #3469754c
+# %% ../nbs/02_data.ipynb #f103c671
 def _clip_of(entry, source) -> Clip:
-    return Clip(entry.id, entry.split, tuple(map(clean_caption, entry.raw)), tuple(entry.raw), str(source), **entry.more)
+    "The clip of an entry whose sound was found."
+    cleaned = tuple(map(clean_caption, entry.raw))
+    return Clip(entry.id, entry.split, cleaned, tuple(entry.raw), str(source), **entry.more)
 
 def _read_file(clip, seconds): return load_audio(clip.source, seconds)
 
 def _read_nothing(clip):
-    raise CmlfError(f'clip {clip.id!r}: this corpus was loaded with captions only; load it with its sound')
+    raise CmlfError(f'clip {clip.id!r}: the corpus was loaded with captions only; load it with sound')
 
 def _corpus_name(layout, path, entries) -> str:
     "'audiocaps' where every file is called by a YouTube id, else the layout's or the folder's name."
-    if all(re.fullmatch('Y' + _ID, e.names[0]) for e in entries if e.names) and entries[0].names: return 'audiocaps'
-    folder = path.parent if path.name in _TABLE_FOLDERS or path.is_file() else path
-    return layout.name if layout.name in ('audiocaps', 'clotho') else folder.name.lower()
-
-# %% ../nbs/02_data.ipynb #e0c6ff45
-def load_corpus(path, # folder of a corpus, or a manifest
-                seconds:float, # every clip is padded or cut at the end to this length
-                layout=None, # a name from `LAYOUTS`; None: find out
-                audio=None, # folder of the sound; None: where the layout has it; False: captions only
-               ) -> Corpus:
-    "The clips at `path` whose sound is usable, and a ledger of all. `CmlfError` names file and row of what is wrong."
-    path = Path(path).expanduser().absolute()
-    kind, tables, top = recognise(path, layout)
-    entries = kind.entries(tables)
-    name = _corpus_name(kind, path, entries)
-    about = f'{name}, layout {kind.name}'
-    if 'all' in tables and 'split' not in read_table(tables['all'])[0][1]: about += ', split 80/10/10 by hash of path'
-    say(f'{path}: {about}')
-    if audio is False:
-        return Corpus(name, [_clip_of(e, f'no sound {e.id}') for e in entries], _read_nothing, seconds, about=about)
-    top = top if audio is None else Path(audio).expanduser().absolute()
-    if not top.is_dir(): raise CmlfError(f'{top}: no such folder of sound; give one with audio=')
-    shortest = .9 if name == 'audiocaps' else kind.shortest
-    ledger = make_ledger(entries, _locate_all(entries, top, kind.folders), seconds, shortest, cache_folder()/'looks.jsonl')
-    _keep(ledger, cache_folder()/f'{name}-{content_hash(str(path), str(top))}-ledger.csv', top)
-    clips = [_clip_of(e, p) for e, p, used in zip(entries, ledger.path, ledger.used) if used]
-    return Corpus(name, clips, partial(_read_file, seconds=seconds), seconds, ledger, about)
+    if layout.name in ('audiocaps', 'clotho'): return layout.name
+    if all(e.names and re.fullmatch('Y' + _ID, e.names[0]) for e in entries): return 'audiocaps'
+    return (path.parent if path.name in _TABLE_FOLDERS or path.is_file() else path).name.lower()
 
 def _keep(ledger, file, top):
     "Write the ledger and say what is in it; a corpus without one usable sound is refused."
     with atomic_path(file) as tmp: ledger.to_csv(tmp, index=False)
     say(f'{_summary(ledger)}; ledger: {file}')
-    if ledger.used.any(): return
-    raise CmlfError(f'{top}: none of {len(ledger)} clips has usable sound, e.g. {ledger.id[0]}: {ledger.reason[0]}; '
-                    'give the right folder with audio=')
+    if not ledger.used.any():
+        raise CmlfError(f'{top}: none of {len(ledger)} clips has usable sound, e.g. {ledger.id[0]}: '
+                        f'{ledger.reason[0]}; give the right folder with audio=')
 
-# %% ../nbs/02_data.ipynb #64fbbef3
+# %% ../nbs/02_data.ipynb #be88259b
+def load_corpus(path, # folder of a corpus, or a manifest
+                seconds:float, # every clip is padded or cut at the end to this length
+                layout=None, # a name from `LAYOUTS`; None: find out
+                audio=None, # folder of the sound; None: where the layout has it; False: captions only
+               ) -> Corpus:
+    "The clips at `path` whose sound is usable, and a ledger of all; `CmlfError` names file and row."
+    path = Path(path).expanduser().absolute()
+    kind, tables, top = recognise(path, layout)
+    entries = kind.entries(tables)
+    name = _corpus_name(kind, path, entries)
+    guessed = 'all' in tables and 'split' not in read_table(tables['all'])[0][1]
+    about = f'{name}, layout {kind.name}' + ', split 80/10/10 by hash of path' * guessed
+    say(f'{path}: {about}')
+    if audio is False:
+        clips = [_clip_of(e, f'no sound {e.id}') for e in entries]
+        return Corpus(name, clips, _read_nothing, seconds, about=about)
+    top = top if audio is None else Path(audio).expanduser().absolute()
+    if not top.is_dir(): raise CmlfError(f'{top}: no such folder of sound; give one with audio=')
+    shortest, located = .9 if name == 'audiocaps' else kind.shortest, _locate_all(entries, top, kind.folders)
+    ledger = make_ledger(entries, located, seconds, shortest, cache_folder()/'looks.jsonl')
+    _keep(ledger, cache_folder()/f'{name}-{content_hash(str(path), str(top))}-ledger.csv', top)
+    clips = [_clip_of(e, p) for e, p, used in zip(entries, ledger.path, ledger.used) if used]
+    return Corpus(name, clips, partial(_read_file, seconds=seconds), seconds, ledger, about)
+
+# %% ../nbs/02_data.ipynb #5823519d
 @patch(as_prop=True)
 def coverage(self:Corpus) -> str:
     "'957 of 957 clips': how many of those that should be there are."
     return f'{len(self)} of {len(self) if self.ledger is None else len(self.ledger)} clips'
 
 def pool_hash(corpus) -> str:
-    "Hash of the clips that are ranked and their captions, in whatever order; not of how they lie on a disk."
+    "Hash of the clips that are ranked and their captions, whatever their order and place on a disk."
     return content_hash(sorted([c.id, list(c.captions)] for c in corpus.clips))
 
 @patch(as_prop=True)
@@ -601,28 +614,32 @@ def pool(self:Corpus) -> dict:
     "What a score carries: `coverage` and the pool's `hash`."
     return dict(coverage=self.coverage, hash=pool_hash(self))
 
-# %% ../nbs/02_data.ipynb #bab54e1c
-def same_pool(*scores # each a `Corpus.pool`, or a dict or object that carries one as `pool`
-             ) -> dict:
-    "The pool that all scores were measured on; `CmlfError` if there are two."
-    pools = [s if isinstance(s, dict) and 'hash' in s else s['pool'] if isinstance(s, dict) else s.pool for s in scores]
-    told = {p['hash']: f'{p["coverage"]} (pool {p["hash"]})' for p in pools}
-    if len(told) > 1:
-        raise CmlfError(f'scores on different pools share no table: {" and ".join(told.values())}; '
-                        'score all of them on the clips they have in common')
-    if not told: raise CmlfError('no scores; give at least one')
-    return pools[0]
+# %% ../nbs/02_data.ipynb #b3dad76e
+def _pool_of(score) -> dict:
+    "The pool of a score, which is one or carries one."
+    pool = score.get('pool', score) if isinstance(score, dict) else getattr(score, 'pool', None)
+    if isinstance(pool, dict) and {'hash', 'coverage'} <= set(pool): return pool
+    raise CmlfError(f'a score carries no pool: {score!r:.60}; store Corpus.pool with it')
 
-# %% ../nbs/02_data.ipynb #fb2393a8
+def same_pool(*scores # each a `Corpus.pool`, or a dict or object that has one as `pool`
+             ) -> dict:
+    "The pool that all scores were measured on; `CmlfError` if there are two, or none."
+    pools = {p['hash']: p for p in map(_pool_of, scores)}
+    if not pools: raise CmlfError('no scores; give at least one')
+    if len(pools) == 1: return next(iter(pools.values()))
+    told = ' and '.join(f'{p["coverage"]} (pool {p["hash"]})' for p in pools.values())
+    raise CmlfError(f'scores on different pools share no table: {told}; score the clips they have in common')
+
+# %% ../nbs/02_data.ipynb #e9d1e0df
 def _split_row(corpus, name) -> dict:
     "What there is to say about one split."
     clips = [c for c in corpus.clips if c.split == name]
     captions = [t for c in clips for t in c.captions]
-    per, words = [len(c.captions) for c in clips], [len(t.split()) for t in captions]
+    per, words = {len(c.captions) for c in clips} or {0}, [len(t.split()) for t in captions] or [0]
     should = len(clips) if corpus.ledger is None else int((corpus.ledger.split == name).sum())
-    some = lambda v: f'{min(v)}' if min(v) == max(v) else f'{min(v)}-{max(v)}'
-    return dict(split=name, clips=len(clips), missing=should - len(clips), captions=len(captions), per_clip=some(per or [0]),
-                distinct=len(set(captions)), mean_words=round(float(np.mean(words or [0])), 1), most_words=max(words, default=0))
+    return dict(split=name, clips=len(clips), missing=should - len(clips), captions=len(captions),
+                per_clip='-'.join(str(n) for n in sorted({min(per), max(per)})),
+                distinct=len(set(captions)), mean_words=round(np.mean(words), 1), most_words=max(words))
 
 @patch
 def describe(self:Corpus) -> pd.DataFrame:

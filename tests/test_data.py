@@ -1,0 +1,547 @@
+"Every layout on files of its real form, every kind of bad input, and AudioCaps' own captions."
+import json, os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile as sf
+
+from cmlf import data
+from cmlf.core import CmlfError, rng
+from cmlf.data import Clip, Corpus, clean_caption, load_corpus, pool_hash, same_pool
+
+BOM = '\ufeff'
+IDS = ['7fmOlUlwoNg', '-0Gj8-vB1q4', 'vfY_TJq7n_U', '__abc-DEF_1', 'Y2345678901']
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('CMLF_CACHE', str(tmp_path/'cache'))
+    return tmp_path/'cache'
+
+
+def tone(path, seconds=.5, hz=440.0, rate=32000, channels=1):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wave = .1 * np.sin(2 * np.pi * hz * np.arange(int(seconds * rate)) / rate)
+    sf.write(path, np.stack([wave] * channels, 1), rate)
+    return path
+
+
+def write(path, text, encoding='utf-8', eol='\n'):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.replace('\n', eol).encode(encoding))
+    return path
+
+
+def quiet_load(*args, **kwargs):
+    "A corpus loaded from the real tables, without sound."
+    return load_corpus(*args, 10, audio=False, **kwargs)
+
+
+# --- (a) csv_files/ beside waveforms/
+
+def csv_files(root, waveforms='flat', eol='\n', bom='', ext='wav'):
+    write(root/'csv_files'/'train.csv', bom + 'file_name,caption\nY7fmOlUlwoNg.wav,"Rain, wind"\n'
+          'Y-0Gj8-vB1q4.wav,Ein Löwe brüllt\n', eol=eol)
+    write(root/'csv_files'/'val.csv', bom + 'file_name,caption_1,caption_2\nYvfY_TJq7n_U.wav,A dog,"A ""dog"""\n', eol=eol)
+    write(root/'csv_files'/'test.csv', bom + 'file_name,caption_1,caption_2,caption_3\nY__abc-DEF_1.wav,a1,b2,c3\n', eol=eol)
+    for i, (id, split) in enumerate(zip(IDS, ('train', 'train', 'val', 'test'))):
+        tone(root/'waveforms'/('' if waveforms == 'flat' else split)/f'Y{id}.{ext}', hz=200 + 50 * i)
+    return root
+
+
+@pytest.mark.parametrize('waveforms', ['flat', 'split'])
+@pytest.mark.parametrize('eol,bom,ext', [('\n', '', 'wav'), ('\r\n', BOM, 'flac'), ('\r\n', '', 'ogg')])
+def test_csv_files(tmp_path, waveforms, eol, bom, ext):
+    c = load_corpus(csv_files(tmp_path/'AudioCaps', waveforms, eol, bom, ext), .5)
+    assert c.name == 'audiocaps' and len(c) == 4
+    assert c.captions == ['rain wind', 'ein löwe brüllt', 'a dog', 'a dog', 'a1', 'b2', 'c3']
+    assert c.clips[0].raw == ('Rain, wind',) and c.clips[2].raw == ('A dog', 'A "dog"')
+    assert c.owner.tolist() == [0, 1, 2, 2, 3, 3, 3] and c.owner.dtype == np.int64
+    wave = c.waveform(1)
+    assert wave.shape == (16000,) and wave.dtype == np.float32 and np.abs(wave).max() > .05
+    assert all(Path(x.source).is_absolute() for x in c.clips)
+    assert c.coverage == '4 of 4 clips' and (c.ledger.status == 'present').all()
+
+
+def test_a_folder_of_csv_files_may_be_given_itself(tmp_path):
+    root = csv_files(tmp_path/'AudioCaps')
+    assert load_corpus(root/'csv_files', .5).hash == load_corpus(root, .5).hash
+
+
+def test_clotho_in_csv_files_has_one_name_for_two_sounds(tmp_path):
+    root = tmp_path/'Clotho'
+    for split, text in (('train', 'A freezer'), ('test', 'A door')):
+        write(root/'csv_files'/f'{split}.csv', f'file_name,caption_1,caption_2\nFREEZER_DOOR.wav,{text} opens,{text} shuts\n')
+        tone(root/'waveforms'/split/'FREEZER_DOOR.wav', hz=300 if split == 'train' else 500)
+    c = load_corpus(root, .5)
+    assert [x.id for x in c.clips] == ['train/FREEZER_DOOR', 'test/FREEZER_DOOR'] and c.name == 'clotho'
+    assert not np.allclose(c.waveform(0), c.waveform(1))
+
+
+def test_one_flat_file_for_two_splits_is_refused(tmp_path):
+    for split in ('train', 'test'): write(tmp_path/'x'/'csv_files'/f'{split}.csv', 'file_name,caption\na.wav,Rain\n')
+    tone(tmp_path/'x'/'waveforms'/'a.wav')
+    with pytest.raises(CmlfError, match=r"test.csv row 2: .*a.wav for clip 'test/a' was already in .*train.csv row 2"):
+        load_corpus(tmp_path/'x', .5)
+
+
+# --- (b) aac-datasets
+
+OFFICIAL = 'audiocap_id,youtube_id,start_time,caption\n'
+
+
+def official(folder, eol='\r\n', bom=''):
+    write(folder/'train.csv', bom + OFFICIAL + '1,7fmOlUlwoNg,30,"Rain, wind"\n2,-0Gj8-vB1q4,0,Ein Löwe brüllt\n', eol=eol)
+    write(folder/'val.csv', bom + OFFICIAL + '3,vfY_TJq7n_U,130,A dog\n4,vfY_TJq7n_U,130,"A ""dog"""\n', eol=eol)
+    write(folder/'test.csv', bom + OFFICIAL + '5,__abc-DEF_1,5,a1\n6,__abc-DEF_1,5,b2\n7,__abc-DEF_1,5,c3\n', eol=eol)
+    return folder
+
+
+STARTS = dict(zip(IDS, ('30', '0', '130', '5')))
+
+
+def test_aac_audiocaps(tmp_path):
+    root = official(tmp_path/'AUDIOCAPS')
+    write(root/'class_labels_indices.csv', 'index,mid,display_name\n0,/m/09x0r,Speech\n')
+    write(root/'train_v2.csv', OFFICIAL + '9,zzzzzzzzzzz,1,Not asked for\n')
+    for id, split in zip(IDS, ('train', 'train', 'val', 'test')):
+        tone(root/'audio_32000Hz'/split/f'{id}_{STARTS[id]}.flac')
+        tone(root/'audio_44100Hz'/split/f'{id}_{STARTS[id]}.flac', rate=44100)
+    for path in (tmp_path, root):
+        c = load_corpus(path, .5)
+        assert c.name == 'audiocaps' and len(c) == 4 and c.ledger.rate.tolist() == [32000] * 4
+        assert [len(x.captions) for x in c.clips] == [1, 1, 2, 3]
+
+
+def test_aac_clotho(tmp_path):
+    root = clotho(tmp_path/'CLOTHO_v2.1'/'clotho_csv_files', tmp_path/'CLOTHO_v2.1'/'clotho_audio_files', '{}')
+    write(tmp_path/'CLOTHO_v2.1'/'clotho_csv_files'/'retrieval_captions.csv', 'caption\nRain\n')
+    tone(tmp_path/'CLOTHO_v2.1'/'clotho_audio_files'/'test'/'Door.wav', hz=999)
+    tone(tmp_path/'CLOTHO_v2.1'/'clotho_audio_files'/'test_retrieval_audio'/'Door.wav', hz=999)
+    (tmp_path/'CLOTHO_v2.1'/'archives').mkdir()
+    for path in (tmp_path, tmp_path/'CLOTHO_v2.1'):
+        c = load_corpus(path, .5)
+        assert c.name == 'clotho' and [x.split for x in c.clips] == ['train', 'train', 'val', 'test']
+        assert 'evaluation' in c.clips[3].source
+
+
+def test_two_versions_or_two_corpora_in_one_folder_are_refused(tmp_path):
+    for v in ('v1', 'v2.1'):
+        clotho(tmp_path/f'CLOTHO_{v}'/'clotho_csv_files', tmp_path/f'CLOTHO_{v}'/'clotho_audio_files', '{}')
+    with pytest.raises(CmlfError, match='CLOTHO_v1.* and .*CLOTHO_v2.1'): load_corpus(tmp_path, .5)
+    official(tmp_path/'both')
+    clotho(tmp_path/'both', tmp_path/'both', '{}')
+    with pytest.raises(CmlfError, match='audiocaps in .* and clotho in .*layout='): load_corpus(tmp_path/'both', .5)
+    assert load_corpus(tmp_path/'both', .5, layout='clotho').name == 'clotho'
+
+
+# --- (c) official AudioCaps csv and files by YouTube id
+
+NAMINGS = {
+    'plain': '{id}.wav', 'leading Y': 'Y{id}.wav', 'start': '{id}_{start}.flac', 'Y and start': 'Y{id}_{start}.wav',
+    'start and end': '{id}_{start}_{end}.wav', 'milliseconds': 'Y{id}_{ms}_{ms_end}.wav', 'split folders': '{split}/{id}.ogg',
+    'decimals': '{id}_{start}.000_{end}.000.wav', 'caption id': '{caption}.wav', 'upper case': '{split}/{id}.WAV'}
+
+
+@pytest.mark.parametrize('naming', NAMINGS)
+@pytest.mark.parametrize('eol,bom', [('\r\n', ''), ('\n', BOM)])
+def test_official_audiocaps(tmp_path, naming, eol, bom):
+    root = official(tmp_path/'ac'/'dataset', eol, bom).parent
+    for id, split, caption in zip(IDS, ('train', 'train', 'val', 'test'), (1, 2, 4, 5)):
+        start = int(STARTS[id])
+        tone(tmp_path/'sounds'/NAMINGS[naming].format(id=id, split=split, start=start, end=start + 10, ms=start * 1000,
+                                                      ms_end=start * 1000 + 10000, caption=caption))
+    c = load_corpus(root, .5, audio=tmp_path/'sounds')
+    assert [x.id for x in c.clips] == IDS[:4] and c.coverage == '4 of 4 clips'
+    assert c.captions == ['rain wind', 'ein löwe brüllt', 'a dog', 'a dog', 'a1', 'b2', 'c3']
+
+
+def test_official_audiocaps_finds_sound_below_its_own_folder(tmp_path):
+    official(tmp_path)
+    for id in IDS[:4]: tone(tmp_path/'audio'/f'{id}.wav')
+    assert len(load_corpus(tmp_path, .5)) == 4
+
+
+def test_another_start_is_another_sound(tmp_path):
+    official(tmp_path)
+    for id in IDS[:3]: tone(tmp_path/'audio'/f'{id}_{STARTS[id]}.wav')
+    tone(tmp_path/'audio'/f'{IDS[3]}_77.wav')
+    c = load_corpus(tmp_path, .5)
+    assert c.split('val').coverage == '1 of 1 clips' and len(c) == 3
+    assert c.ledger.set_index('id').loc[IDS[3], 'reason'] == f'only found as {IDS[3]}_77.wav'
+
+
+def test_layouts_of_audiocaps_share_pool_and_hash(tmp_path):
+    csv_files(tmp_path/'a')
+    official(tmp_path/'b')
+    for i, id in enumerate(IDS[:4]): tone(tmp_path/'b'/'audio'/f'{id}.wav', hz=200 + 50 * i)
+    a, b = load_corpus(tmp_path/'a', .5), load_corpus(tmp_path/'b', .5)
+    assert a.hash == b.hash and pool_hash(a.split('test')) == pool_hash(b.split('test'))
+
+
+# --- (d) Clotho as published
+
+def clotho(tables, sounds, folder='clotho_audio_{}', eol='\r\n'):
+    head = 'file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n'
+    rows = dict(development=['rain&amp;storm.wav', ' Ambience.wav'], validation=['Café, at night.wav'], evaluation=['Door.wav'])
+    for word, names in rows.items():
+        text = ''.join(f'"{n}",One {word},"Two, things",Three dogs .,FOUR BELLS RING,five\n' for n in names)
+        write(tables/f'clotho_captions_{word}.csv', head + text, eol=eol)
+        for i, n in enumerate(names): tone(sounds/folder.format(word)/n, hz=300 + 70 * i + len(word))
+    return tables
+
+
+@pytest.mark.parametrize('folder', ['clotho_audio_{}', '{}', 'clotho_audio_{0}/{0}'])
+def test_clotho(tmp_path, folder):
+    c = load_corpus(clotho(tmp_path, tmp_path, folder), .5)
+    assert c.name == 'clotho' and [x.split for x in c.clips] == ['train', 'train', 'val', 'test']
+    assert all(len(x.captions) == 5 for x in c.clips) and c.captions[1:4] == ['two things', 'three dogs', 'four bells ring']
+    clip, caption = c.split('train').pairs()
+    assert clip.tolist() == [0] * 5 + [1] * 5 and caption.tolist() == list(range(10))
+
+
+@pytest.mark.parametrize('on_disk', ['rain&storm.wav', 'rain&amp;storm.wav'])
+def test_clotho_names_are_found_as_archives_spell_them(tmp_path, on_disk):
+    clotho(tmp_path, tmp_path)
+    folder = tmp_path/'clotho_audio_development'
+    (folder/'rain&amp;storm.wav').rename(folder/on_disk)
+    (folder/' Ambience.wav').rename(folder/'Ambience.wav')
+    assert len(load_corpus(tmp_path, .5)) == 4
+
+
+def test_decomposed_unicode_names_are_found(tmp_path):
+    clotho(tmp_path, tmp_path)
+    folder = tmp_path/'clotho_audio_validation'
+    (folder/'Café, at night.wav').rename(folder/'Cafe\u0301, at night.wav')  # as macOS unpacks it
+    assert len(load_corpus(tmp_path, .5).split('val')) == 1
+
+
+# --- (e) manifests
+
+def test_manifest_one_row_per_pair(tmp_path):
+    m = write(tmp_path/'my.csv', BOM + 'path,caption,split,tags,meaning,credit\n'
+              'a.wav,"Rain, ""hard""",train,rain;wind ,wet,Zoë CC0\na.wav,It pours,train,rain;wind ,wet,Zoë CC0\n'
+              'sub\\b.flac,Löwe brüllt,validation,,,\nsub/c.ogg,A bell,testing,,,\n', eol='\r\n')
+    for n in ('a.wav', 'sub/b.flac', 'sub/c.ogg'): tone(tmp_path/n, rate=44100, channels=2)
+    c = load_corpus(m, .5)
+    assert [x.split for x in c.clips] == ['train', 'val', 'test'] and c.clips[0].captions == ('rain hard', 'it pours')
+    assert c.clips[0].tags == ('rain', 'wind') and c.clips[0].meaning == 'wet' and c.clips[0].credit == 'Zoë CC0'
+    assert c.tags == ['rain', 'wind'] and c.split('val').tag_matrix.shape == (1, 2) and c.waveform(0).shape == (16000,)
+
+
+def test_manifest_of_numbered_captions_may_end_in_blanks(tmp_path):
+    m = write(tmp_path/'manifest.csv', 'path,caption_1,caption_2,caption_10,split\na.wav,One,Two,Three,train\nb.wav,Four,,,test\n')
+    for n in 'ab': tone(tmp_path/f'{n}.wav')
+    c = load_corpus(tmp_path, .5)
+    assert [x.captions for x in c.clips] == [('one', 'two', 'three'), ('four',)] and m.exists()
+
+
+def test_manifest_in_parquet(tmp_path):
+    paths = [str(tone(tmp_path/f'{i}.wav')) for i in range(3)]
+    table = pd.DataFrame(dict(path=paths, caption_1=['a', 'b', 'c'], caption_2=['d', None, 'f'], split=['train', 'val', 'test']))
+    table.to_parquet(tmp_path/'my.parquet')
+    assert load_corpus(tmp_path/'my.parquet', .5).captions == ['a', 'd', 'b', 'c', 'f']
+
+
+def test_manifest_without_split(tmp_path, capsys):
+    text = 'path,caption\n' + ''.join(f'{i}.wav,Sound {i}\n' for i in range(200))
+    first = quiet_load(write(tmp_path/'a.csv', text))
+    again = quiet_load(write(tmp_path/'elsewhere'/'b.csv', '\n'.join(['path,caption'] + text.split('\n')[:0:-1]).replace('\n\n', '\n')))
+    assert {c.id: c.split for c in first.clips} == {c.id: c.split for c in again.clips}
+    assert [len(first.split(s)) > n for s, n in (('train', 130), ('val', 8), ('test', 8))] == [True] * 3
+    assert 'split 80/10/10' in capsys.readouterr().err and 'split 80/10/10' in first.about
+
+
+# --- bad input: one line with file and row
+
+BAD_TABLES = {
+    'cut in a row': ('file_name,caption\na.wav,Rain\nb.wa', r'train.csv row 3: 1 fields where the header has 2'),
+    'cut in a quote': ('file_name,caption\na.wav,Rain\nb.wav,"Rai', r'train.csv row 3: .*half-written'),
+    'quote opened mid-file': ('file_name,caption\na.wav,"Rain\n' + 'b.wav,Wind\n' * 9, r'train.csv row 2: .*quote'),
+    'comma not quoted': ('file_name,caption\na.wav,Rain, wind\n', r'train.csv row 2: 3 fields'),
+    'header only': ('file_name,caption\n', r'train.csv: no rows below the header'),
+    'no caption column': ('file_name,text\na.wav,Rain\n', r'train.csv row 2: the columns should be caption'),
+    'both forms': ('file_name,caption,caption_1\na.wav,Rain,Wind\n', r'train.csv row 2: the columns should be caption'),
+    'same column twice': ('file_name,caption,caption\na.wav,Rain,Wind\n', r'train.csv row 1: two columns'),
+    'empty caption': ('file_name,caption\na.wav,Rain\nb.wav,\n', r'train.csv row 3: caption is empty'),
+    'blank caption': ('file_name,caption_1,caption_2\na.wav,Rain,  \n', r'train.csv row 2: caption_2 is empty'),
+    'number': ('file_name,caption\na.wav,12\n', r"train.csv row 2: caption is '12', not text"),
+    'dots': ('file_name,caption\na.wav,...\n', r"train.csv row 2: caption is '...', not text"),
+    'broken characters': ('file_name,caption\na.wav,R\ufffdn\n', r'train.csv row 2: caption has broken characters'),
+    'same clip twice': ('file_name,caption\na.wav,Rain\n\nb.wav,Wind\na.wav,Hail\n',
+                        r"train.csv row 5: clip 'a' was already in .*train.csv row 2"),
+    'no file name': ('file_name,caption\n,Rain\n', r'train.csv row 2: file_name is empty'),
+}
+
+
+@pytest.mark.parametrize('case', BAD_TABLES)
+@pytest.mark.parametrize('eol', ['\n', '\r\n'])
+def test_bad_tables(tmp_path, case, eol):
+    text, message = BAD_TABLES[case]
+    write(tmp_path/'csv_files'/'train.csv', text, eol=eol)
+    with pytest.raises(CmlfError, match=message) as e: load_corpus(tmp_path, .5)
+    assert '\n' not in str(e.value)
+
+
+def test_not_utf8(tmp_path):
+    write(tmp_path/'csv_files'/'train.csv', 'file_name,caption\na.wav,Rain\nb.wav,Löwe\n', 'latin-1')
+    with pytest.raises(CmlfError, match='train.csv row 3: not UTF-8 text'): load_corpus(tmp_path, .5)
+
+
+def test_a_clip_in_two_splits(tmp_path):
+    root = csv_files(tmp_path/'a')
+    write(root/'csv_files'/'test.csv', 'file_name,caption\nY7fmOlUlwoNg.wav,Rain\n')
+    with pytest.raises(CmlfError, match=r"test.csv row 2: clip 'Y7fmOlUlwoNg' was already in .*train.csv row 2"): load_corpus(root, .5)
+    official(tmp_path/'b')
+    write(tmp_path/'b'/'test.csv', OFFICIAL + '9,7fmOlUlwoNg,30,Rain\n')
+    with pytest.raises(CmlfError, match=r"test.csv row 2: split of 7fmOlUlwoNg is 'test' here, 'train' in .*train.csv row 2"):
+        load_corpus(tmp_path/'b', .5)
+
+
+OFFICIAL_BAD = {
+    'id ruined by a spreadsheet': ('1,#NAME?,30,Rain\n', "row 2: youtube_id '#NAME\\?' is none"),
+    'start is no number': ('1,7fmOlUlwoNg,half,Rain\n', "row 2: start_time 'half'"),
+    'caption id twice': ('1,7fmOlUlwoNg,30,Rain\n1,7fmOlUlwoNg,30,Wind\n', 'row 3: audiocap_id 1 was already in .*row 2'),
+    'two starts': ('1,7fmOlUlwoNg,30,Rain\n2,7fmOlUlwoNg,40,Wind\n', "row 3: start of 7fmOlUlwoNg is '40' here, '30' in .*row 2"),
+    'empty caption': ('1,7fmOlUlwoNg,30,\n', 'row 2: caption is empty'),
+}
+
+
+@pytest.mark.parametrize('case', OFFICIAL_BAD)
+def test_bad_official(tmp_path, case):
+    rows, message = OFFICIAL_BAD[case]
+    write(tmp_path/'test.csv', OFFICIAL + rows)
+    with pytest.raises(CmlfError, match=message): load_corpus(tmp_path, .5)
+
+
+MANIFEST_BAD = {
+    'no path': ('file,caption\na.wav,Rain\n', "row 1: no column 'path'; it has file, caption"),
+    'pair twice': ('path,caption\na.wav,Rain\na.wav,Rain\n', 'row 3: a.wav with this caption was already in .*row 2'),
+    'clip twice': ('path,caption_1\na.wav,Rain\na.wav,Wind\n', 'row 3: a.wav was already in .*row 2'),
+    'two splits': ('path,caption,split\na.wav,Rain,train\na.wav,Wind,test\n', "row 3: split of a.wav is 'test' here, 'train' in"),
+    'same file spelt twice': ('path,caption,split\na.wav,Rain,train\n./a.wav,Wind,test\n', 'row 3: .*a.wav for clip .* was already in'),
+    'unknown split': ('path,caption,split\na.wav,Rain,dev\n', "row 2: split 'dev' should be train, val or test"),
+    'id twice': ('path,caption,id\na.wav,Rain,7\nb.wav,Wind,7\n', "row 3: id '7' was already in .*row 2"),
+    'gap': ('path,caption_1,caption_2,caption_3\na.wav,Rain,,Wind\n', 'row 2: caption_2 is empty'),
+    'two meanings': ('path,caption,meaning\na.wav,Rain,x\na.wav,Wind,y\n', 'row 3: more of a.wav'),
+}
+
+
+@pytest.mark.parametrize('case', MANIFEST_BAD)
+def test_bad_manifest(tmp_path, case):
+    text, message = MANIFEST_BAD[case]
+    tone(tmp_path/'a.wav')
+    with pytest.raises(CmlfError, match=message): load_corpus(write(tmp_path/'m.csv', text), .5)
+
+
+@pytest.mark.parametrize('value', [3.5, None, ['a', 'b']])
+def test_captions_in_parquet_are_text(tmp_path, value):
+    pd.DataFrame(dict(path=['a.wav'], caption=[value])).to_parquet(tmp_path/'m.parquet')
+    with pytest.raises(CmlfError, match='m.parquet row 1: caption is .*not text'): load_corpus(tmp_path/'m.parquet', .5)
+
+
+def test_half_a_parquet(tmp_path):
+    pd.DataFrame(dict(path=['a.wav'], caption=['Rain'])).to_parquet(tmp_path/'m.parquet')
+    (tmp_path/'m.parquet').write_bytes((tmp_path/'m.parquet').read_bytes()[:200])
+    with pytest.raises(CmlfError, match='m.parquet: not parquet'): load_corpus(tmp_path/'m.parquet', .5)
+
+
+def test_places_that_hold_nothing(tmp_path):
+    with pytest.raises(CmlfError, match='no such file or folder'): load_corpus(tmp_path/'x', .5)
+    with pytest.raises(CmlfError, match='no corpus found; looked for .*csv_files.*AUDIOCAPS.*clotho.*path'): load_corpus(tmp_path, .5)
+    root = csv_files(tmp_path/'a')
+    with pytest.raises(CmlfError, match="unknown layout 'clothoo'; did you mean 'clotho'"): load_corpus(root, .5, layout='clothoo')
+    with pytest.raises(CmlfError, match='no corpus found; looked for clotho_captions'): load_corpus(root, .5, layout='clotho')
+    with pytest.raises(CmlfError, match='no such folder of sound'): load_corpus(root, .5, audio=tmp_path/'nowhere')
+    with pytest.raises(CmlfError, match='no sound files; .*audio=False'): load_corpus(root, .5, audio=root/'csv_files')
+    tone(tmp_path/'others'/'x.wav')
+    with pytest.raises(CmlfError, match='none of 4 clips has usable sound, e.g. 7fmOlUlwoNg: no file of that name'):
+        load_corpus(root, .5, audio=tmp_path/'others')
+
+
+# --- ledger
+
+def test_ledger_says_why(tmp_path, cache, capsys):
+    root = tmp_path/'mine'
+    names = ['fine', 'absent', 'cut', 'page', 'empty', 'short', 'brief', 'long', 'hollow']
+    write(root/'manifest.csv', 'path,caption,split\n' + ''.join(f'{n}.flac,Sound of {n},test\n' for n in names))
+    for n, s in dict(fine=2, cut=2, brief=.5, long=5, short=.01).items(): tone(root/f'{n}.flac', s)
+    (root/'cut.flac').write_bytes((root/'cut.flac').read_bytes()[:4000])
+    (root/'page.flac').write_text('<html>403</html>')
+    (root/'empty.flac').write_bytes(b'')
+    tone(root/'hollow.flac', 0)
+    c = load_corpus(root, 2)
+    status = c.ledger.set_index('id').status.to_dict()
+    assert {n: status[f'{n}.flac'] for n in names} == dict(
+        fine='present', absent='missing', cut='unreadable', page='unreadable', empty='unreadable',
+        short='wrong length', brief='present', long='present', hollow='unreadable')
+    assert c.coverage == '3 of 9 clips' and [x.id for x in c.clips] == ['fine.flac', 'brief.flac', 'long.flac']
+    assert c.waveform(1).shape == c.waveform(2).shape == (64000,)
+    assert c.ledger.set_index('id').reason['long.flac'] == '5.00 s, cut to 2 s'
+    assert '3 of 9 test clips' in capsys.readouterr().err
+    written = pd.read_csv(next(cache.glob('mine-*-ledger.csv')))
+    assert written.status.tolist() == c.ledger.status.tolist() and written.sha256.notna().sum() == 8
+
+
+def test_audiocaps_clips_are_ten_seconds_and_others_are_said(tmp_path):
+    root = csv_files(tmp_path/'a')
+    tone(root/'waveforms'/'Y7fmOlUlwoNg.wav', .3)
+    c = load_corpus(root, .5)
+    assert c.ledger.status[0] == 'wrong length' and c.ledger.used[0] and '0.30 s, padded to 0.5 s' in c.ledger.reason[0]
+    assert c.waveform(0).shape == (16000,) and not c.waveform(0)[-3000:].any()
+
+
+def test_files_are_looked_at_once_and_again_when_they_change(tmp_path, monkeypatch):
+    root = csv_files(tmp_path/'a')
+    looked = []
+    real = data._look
+    monkeypatch.setattr(data, '_look', lambda p: looked.append(Path(p).name) or real(p))
+    first = load_corpus(root, .5)
+    assert len(looked) == 4 and load_corpus(root, .5).hash == first.hash and len(looked) == 4
+    tone(root/'waveforms'/'Y7fmOlUlwoNg.wav', .5, hz=777)
+    os.utime(root/'waveforms'/'Y7fmOlUlwoNg.wav', ns=(1, 1))
+    changed = load_corpus(root, .5)
+    assert looked[4:] == ['Y7fmOlUlwoNg.wav'] and changed.hash != first.hash
+    assert pool_hash(changed) == pool_hash(first)  # the same clips and captions are ranked
+
+
+def test_a_killed_look_resumes(tmp_path, monkeypatch, cache):
+    root, real, looked = csv_files(tmp_path/'a'), data._look, []
+    def dies(path):
+        if 'vfY_TJq7n_U' in path: raise KeyboardInterrupt
+        return real(path)
+    monkeypatch.setattr(data, '_look', dies)
+    with pytest.raises(KeyboardInterrupt): load_corpus(root, .5)
+    notes = cache/'looks.jsonl'
+    assert len(data._remembered(notes)) == 2
+    with open(notes, 'a') as f: f.write('["/half a li')
+    monkeypatch.setattr(data, '_look', lambda p: looked.append(p) or real(p))
+    assert len(load_corpus(root, .5)) == 4 and len(looked) == 2
+
+
+def test_same_sound_in_two_splits_is_said(tmp_path, capsys):
+    root = csv_files(tmp_path/'a')
+    (root/'waveforms'/'Y__abc-DEF_1.wav').write_bytes((root/'waveforms'/'Y7fmOlUlwoNg.wav').read_bytes())
+    c = load_corpus(root, .5)
+    assert c.ledger.reason[3] == 'same bytes as 7fmOlUlwoNg in train' and '2 with the bytes of a clip' in capsys.readouterr().err
+
+
+def test_several_files_for_one_clip(tmp_path):
+    root = csv_files(tmp_path/'a')
+    tone(root/'waveforms'/'Y7fmOlUlwoNg.flac')
+    tone(root/'waveforms'/'._Y7fmOlUlwoNg.wav')
+    c = load_corpus(root, .5)
+    assert c.clips[0].source.endswith('.wav') and c.ledger.reason[0] == '2 files, took Y7fmOlUlwoNg.wav'
+
+
+def test_linked_folders_are_walked_once(tmp_path):
+    root = csv_files(tmp_path/'a')
+    (root/'waveforms').rename(tmp_path/'disk')
+    (root/'waveforms').mkdir()
+    (root/'waveforms'/'all').symlink_to(tmp_path/'disk', target_is_directory=True)
+    (tmp_path/'disk'/'back').symlink_to(root/'waveforms', target_is_directory=True)
+    c = load_corpus(root, .5)
+    assert len(c) == 4 and not c.ledger.reason.any()
+
+
+# --- pools
+
+def test_pools_never_share_a_table(tmp_path):
+    root = csv_files(tmp_path/'a')
+    whole = load_corpus(root, .5).split('train')
+    (root/'waveforms'/'Y7fmOlUlwoNg.wav').unlink()
+    part = load_corpus(root, .5).split('train')
+    assert (whole.coverage, part.coverage) == ('2 of 2 clips', '1 of 2 clips')
+    assert same_pool(whole, {'R@1': 3, 'pool': whole.pool}, whole.pool) == whole.pool
+    with pytest.raises(CmlfError, match=r'2 of 2 clips \(pool \w+\) and 1 of 2 clips \(pool \w+\)'): same_pool(whole, part)
+    assert same_pool(whole.only([c.id for c in part.clips]), part)['hash'] == part.pool['hash']
+    json.dumps(whole.pool)
+    with pytest.raises(CmlfError): same_pool()
+    with pytest.raises(CmlfError, match='carries no pool'): same_pool({'R@1': 3.0}, whole)
+
+
+def test_pool_ignores_order_but_not_captions():
+    clip = lambda i, t: Clip(i, 'test', (t,), (t,), i)
+    corpus = lambda *clips: Corpus('x', clips, None, 1)
+    assert pool_hash(corpus(clip('a', 'rain'), clip('b', 'wind'))) == pool_hash(corpus(clip('b', 'wind'), clip('a', 'rain')))
+    assert pool_hash(corpus(clip('a', 'rain'))) != pool_hash(corpus(clip('a', 'hail')))
+
+
+# --- corpus
+
+def test_pairs_draws_every_caption_evenly():
+    clips = [Clip(str(i), 'train', tuple(f'{i} {j}' for j in range(1 + i)), ('',) * (1 + i), '') for i in range(4)]
+    c = Corpus('x', clips, None, 1)
+    drawn = np.array([c.pairs(rng(0, e))[1] for e in range(4000)])
+    assert (c.owner[drawn] == np.arange(4)).all()
+    counts = np.bincount(drawn.ravel(), minlength=10)
+    assert counts[0] == 4000 and np.abs(counts[6:] - 1000).max() < 150
+
+
+def test_groups():
+    clip = lambda i, m, *t: Clip(str(i), 'train', t, t, '', meaning=m)
+    c = Corpus('x', [clip(0, '', 'rain', 'wind'), clip(1, '', 'rain'), clip(2, 'w', 'rain'), clip(3, 'w', 'wind'), clip(4, '', 'w')], None, 1)
+    same = lambda g: (g[:, None] == g).astype(int).tolist()
+    assert same(c.groups('caption')) == [[1, 1, 1, 0, 0]] * 3 + [[0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
+    assert same(c.groups()) == [[1, 1, 0, 0, 0]] * 2 + [[0, 0, 1, 1, 0]] * 2 + [[0, 0, 0, 0, 1]]
+    assert c.groups().dtype == np.int64
+    with pytest.raises(CmlfError): c.groups('captions')
+
+
+def test_keys_without_a_ledger_follow_the_file(tmp_path):
+    path = tone(tmp_path/'a.wav')
+    key = lambda: Corpus('x', [Clip('a', 'train', ('rain',), ('Rain',), str(path))], None, 1).keys
+    first = key()
+    assert key() == first
+    tone(path, .6)
+    assert key() != first
+
+
+def test_the_reader_travels_to_another_process(tmp_path):
+    import pickle
+    c = load_corpus(csv_files(tmp_path/'a'), .5)
+    assert (pickle.loads(pickle.dumps(c.read))(c.clips[0]) == c.waveform(0)).all()
+
+
+# --- AudioCaps itself
+
+@pytest.fixture(scope='module')
+def audiocaps():
+    folder = os.environ.get('CMLF_AUDIOCAPS_CSV')
+    if not folder: pytest.skip('CMLF_AUDIOCAPS_CSV is not set: the csv files of AudioCaps are not here')
+    return load_corpus(folder, 10, audio=False)
+
+
+def test_audiocaps_sizes(audiocaps):
+    d = audiocaps.describe()
+    assert d.clips.tolist() == [49274, 494, 957] and d.captions.tolist() == [49274, 2470, 4785]
+    assert audiocaps.split('test').coverage == '957 of 957 clips' and d.per_clip.tolist() == ['1', '5', '5']
+
+
+def test_audiocaps_captions(audiocaps):
+    train, test = audiocaps.split('train'), audiocaps.split('test')
+    assert max(len(t.split()) for t in train.captions) == 52
+    assert len(set(train.captions)) == 45177 and len(train) - len(set(train.captions)) == 4097
+    assert len(np.unique(train.groups())) == 45177 and train.captions.count('a man speaking') == 80
+    owners = pd.DataFrame(dict(text=test.captions, owner=test.owner))
+    assert (owners.groupby('text').owner.transform('nunique') > 1).sum() == 220
+
+
+def test_audiocaps_test_pool_in_both_csv_forms(audiocaps, tmp_path):
+    test, n = audiocaps.split('test'), iter(range(10**6))
+    rows = [(next(n), c.id, 0, t) for c in test.clips for t in c.raw]
+    pd.DataFrame(rows, columns=OFFICIAL.strip().split(',')).to_csv(tmp_path/'test.csv', index=False, lineterminator='\r\n')
+    again = quiet_load(tmp_path)
+    assert again.name == 'audiocaps' and same_pool(again, test) and len(again) == 957
+
+
+def test_audiocaps_with_some_sound(audiocaps, tmp_path):
+    for c in audiocaps.split('test').clips[:6]: tone(tmp_path/'test'/f'Y{c.id}.wav')
+    c = load_corpus(os.environ['CMLF_AUDIOCAPS_CSV'], .5, audio=tmp_path)
+    assert c.split('test').coverage == '6 of 957 clips' and (c.ledger.status == 'missing').sum() == 49274 + 494 + 951
+
+
+def test_cleaning_is_the_baselines():
+    assert clean_caption('A man , a dog.Then  "woof";ok?') == 'a man a dog then woof ok'
