@@ -113,7 +113,7 @@ def _crickets(r, seconds, rate, pitch):
     bursts = np.clip(6*np.sin(2*np.pi*(t*beat + r.uniform(0, 1))), 0, 1)
     return _sine(_steady(pitch*r.uniform(4900, 5500), seconds))*pulses*bursts
 
-# %% ../nbs/03_soundscapes.ipynb #3024a124
+# %% ../nbs/03_soundscapes.ipynb #a29d3e9a
 @_event
 def _frog(r, seconds, rate, pitch):
     n, low = _n(.24), pitch*r.uniform(480, 560)
@@ -122,7 +122,7 @@ def _frog(r, seconds, rate, pitch):
 
 @_event
 def _owl(r, seconds, rate, pitch):
-    f0, lengths = pitch*r.uniform(360, 420), (.4, .17, .17)
+    f0, lengths = pitch*r.uniform(360, 420), np.array([.4, .17, .17])/max(1, rate)
     hoots = [_sine(f0*(1 - .08*np.linspace(0, 1, _n(s))))*_hump(_n(s)) for s in lengths]
     return _place(r, hoots, _beats(r, seconds, rate*r.uniform(1.8, 2.1), .2), seconds)
 
@@ -173,11 +173,11 @@ def _water_drops(r, seconds, rate, pitch):
     drips = [_sine(np.linspace(f0*a, 1.9*f0*a, n))*_decay(n, .022) for a in (1, 1.15, .9)]
     return _place(r, drips, _beats(r, seconds, rate*r.uniform(2.6, 3.1), .3), seconds)
 
-# %% ../nbs/03_soundscapes.ipynb #cfd3a515
+# %% ../nbs/03_soundscapes.ipynb #35788b3a
 @_event
 def _engine(r, seconds, rate, pitch):
     f = _steady(pitch*r.uniform(27, 32), seconds)
-    return _band(np.maximum(0, _saw(f))**3, 40, 380) + .04*_band(_noise(r, seconds), 500, 2000)
+    return _band(np.maximum(0, _saw(f))**3, 40*pitch, 380*pitch) + .04*_band(_noise(r, seconds), 500, 2000)
 
 @_event
 def _helicopter(r, seconds, rate, pitch):
@@ -187,14 +187,14 @@ def _helicopter(r, seconds, rate, pitch):
 @_event
 def _airplane(r, seconds, rate, pitch):
     f = pitch*r.uniform(95, 110)
-    return _band(_saw(_steady(f, seconds)) + _saw(_steady(f*1.02, seconds)) + .5*_noise(r, seconds), 80, 1100)
+    return _band(_saw(_steady(f, seconds)) + _saw(_steady(f*1.02, seconds)) + .5*_noise(r, seconds), 80*pitch, 1100*pitch)
 
-# %% ../nbs/03_soundscapes.ipynb #1b8ba6e9
+# %% ../nbs/03_soundscapes.ipynb #5839eecd
 @_event
 def _chainsaw(r, seconds, rate, pitch):
     rev = np.sin(2*np.pi*r.uniform(.5, .7)*_t(seconds) + r.uniform(0, 6))
     buzz = _saw(pitch*r.uniform(105, 125)*(1 + .25*rev))
-    return _band(buzz*(1 + .5*_noise(r, seconds)), 500, 6500)
+    return _band(buzz*(1 + .5*_noise(r, seconds)), 500*pitch, 4500*pitch)
 
 @_event
 def _car_horn(r, seconds, rate, pitch):
@@ -256,10 +256,10 @@ def _drill(r, seconds, rate, pitch):
     whirr = _band(_saw(spin) + .5*_saw(2.02*spin), 700, 7000)*np.minimum(1, 5*_hump(n))
     return _place(r, [whirr], _beats(r, seconds, r.uniform(.85, .95)), seconds)
 
-# %% ../nbs/03_soundscapes.ipynb #fde1cb41
+# %% ../nbs/03_soundscapes.ipynb #c979cf66
 @_event
 def _siren(r, seconds, rate, pitch):
-    sweep = np.abs(2*((rate*r.uniform(.42, .5)*_t(seconds) + r.uniform(0, 1)) % 1) - 1)
+    sweep = np.abs(2*((rate*r.uniform(.75, .9)*_t(seconds) + r.uniform(0, 1)) % 1) - 1)
     f = pitch*(r.uniform(560, 620) + 800*sweep)
     return _sine(f) + .25*_sine(2*f)
 
@@ -293,7 +293,7 @@ def _doorbell(r, seconds, rate, pitch):
     times = [a + k*.42 for a in _beats(r, seconds, r.uniform(.72, .8)) for k in (0, 1)]
     return _place(r, [ding, dong], [t for t in times if t < seconds], seconds)
 
-# %% ../nbs/03_soundscapes.ipynb #33b1f2fd
+# %% ../nbs/03_soundscapes.ipynb #c788e415
 @_event
 def _footsteps(r, seconds, rate, pitch):
     n, x = _n(.16), _noise(r, .16)
@@ -308,15 +308,16 @@ def _clapping(r, seconds, rate, pitch):
 
 @_event
 def _snoring(r, seconds, rate, pitch):
-    x = _noise(r, 1.)
-    rasp = np.maximum(0, np.sin(2*np.pi*pitch*r.uniform(26, 32)*_t(1.)))
-    snore = (4*_band(x, 90, 500)*rasp + .3*_band(x, 800, 2500))*_hump(len(x))**2
+    length = 1/max(1, rate)
+    x = _noise(r, length)
+    rasp = np.maximum(0, np.sin(2*np.pi*pitch*r.uniform(26, 32)*_t(length)))
+    snore = (4*_band(x, 90*pitch, 500*pitch)*rasp + .3*_band(x, 800*pitch, 2500*pitch))*_hump(len(x))**2
     return _place(r, [snore], _beats(r, seconds, rate*r.uniform(.72, .8), .05), seconds)
 
-# %% ../nbs/03_soundscapes.ipynb #187d85c5
+# %% ../nbs/03_soundscapes.ipynb #6288f394
 @_event
 def _whistling(r, seconds, rate, pitch):
-    n, f0 = _n(.28), pitch*r.uniform(1350, 1500)
+    n, f0 = _n(.28/max(1, rate)), pitch*r.uniform(1350, 1500)
     vibrato = 1 + .012*np.sin(2*np.pi*6*np.arange(n)/SAMPLE_RATE)
     tune = [_sine(f0*2**(k/12)*vibrato*np.linspace(.97, 1, n))*_hump(n) for k in r.integers(0, 10, 6)]
     return _place(r, tune, _beats(r, seconds, rate*r.uniform(3, 3.4), .1), seconds)
@@ -330,8 +331,9 @@ def _crying_baby(r, seconds, rate, pitch):
 
 @_event
 def _laughing(r, seconds, rate, pitch):
-    n, f0 = _n(.12), pitch*r.uniform(230, 270)
-    ha = [_band(_saw(f0*a*np.linspace(1.1, .85, n)) + .4*_noise(r, .12), 500, 1400)*_hump(n) for a in (1.3, 1.15, 1, .9, .8)]
+    n, f0 = _n(.12/max(1, rate)**.5), pitch*r.uniform(230, 270)
+    voice = [_saw(f0*a*np.linspace(1.1, .85, n)) + .4*_noise(r, n/SAMPLE_RATE) for a in (1.3, 1.15, 1, .9, .8)]
+    ha = [_band(x, 500*pitch, 1400*pitch)*_hump(n) for x in voice]
     times = [a + k/(rate*5.2) for a in _beats(r, seconds, .75*rate) for k in range(5)]
     return _place(r, ha, [t for t in times if t < seconds], seconds)
 
@@ -387,11 +389,11 @@ _kinds('animals', '''
     owl vdpr: hooting of an owl; hoots of an owl at night; sound of an owl hooting
     an owl hoots/hooting; an owl calls/calling at night; an owl hoots/hooting from a tree''')
 
-# %% ../nbs/03_soundscapes.ipynb #c47dc6de
+# %% ../nbs/03_soundscapes.ipynb #ac9915ef
 _kinds('weather and water', '''
     rain vdL: sound of rain; patter of rainfall; falling of rain
     rain falls/falling; rain patters/pattering on the ground; rainwater falls/falling in drops
-    sea_waves vdrL: sound of sea waves; breaking of waves; wash of the surf
+    sea_waves vdL: sound of sea waves; breaking of waves; wash of the surf
     waves break/breaking on a beach; sea waves roll/rolling ashore; the surf washes/washing in
     crackling_fire vL: crackling of a fire; crackle of burning wood; sound of a campfire
     a fire crackles/crackling; burning wood crackles/crackling; a campfire pops/popping
@@ -408,11 +410,11 @@ _kinds('weather and water', '''
     fireworks vd: bursting of fireworks; bang of fireworks; sound of a firework display
     fireworks burst/bursting; fireworks explode/exploding; a firework goes/going off''')
 
-# %% ../nbs/03_soundscapes.ipynb #a67f2e02
+# %% ../nbs/03_soundscapes.ipynb #f4b0813a
 _kinds('vehicles and engines', '''
     engine vdpL: idling of an engine; rumble of a motor; sound of an engine running
     an engine idles/idling; a motor runs/running; an engine rumbles/rumbling
-    helicopter vdrL: beating of a helicopter; chopping of helicopter blades; sound of a helicopter
+    helicopter vdL: beating of a helicopter; chopping of helicopter blades; sound of a helicopter
     a helicopter beats/beating the air; helicopter blades beat/beating; rotor blades chop/chopping
     airplane vdpL: droning of an airplane; drone of a propeller plane; sound of an aircraft
     an airplane drones/droning; a propeller plane flies/flying by; an aircraft passes/passing
@@ -450,7 +452,7 @@ _kinds('home and tools', '''
     drill vdp: whirring of a drill; sound of drilling; whine of a power drill
     a drill whirs/whirring; someone drills/drilling a hole; a power drill whines/whining''')
 
-# %% ../nbs/03_soundscapes.ipynb #15786035
+# %% ../nbs/03_soundscapes.ipynb #9594baf1
 _kinds('alarms and bells', '''
     clock_alarm vpr: beeping of an alarm clock; beeps of an alarm; sound of an alarm clock
     an alarm clock beeps/beeping; an alarm beeps/beeping; an alarm clock goes/going off
@@ -466,7 +468,7 @@ _kinds('alarms and bells', '''
 _kinds('people', '''
     crying_baby vdp: crying of a baby; wailing of an infant; sound of a baby crying
     a baby cries/crying; an infant wails/wailing; a baby bawls/bawling
-    sneezing vp: sneezing of a person; sneeze of a person; sound of someone sneezing
+    sneezing v: sneezing of a person; sneeze of a person; sound of someone sneezing
     someone sneezes/sneezing; a person sneezes/sneezing; a person lets/letting out a sneeze
     clapping vdr: clapping of hands; sound of hand claps; claps of a person
     someone claps/clapping; hands clap/clapping; a person claps/clapping
@@ -560,7 +562,7 @@ def _set_level(x, attribute, r):
     gain = 10**((_DB.get(attribute, _DB['']) + r.uniform(-1.5, 1.5))/20)
     return x*(gain/max(level(x), 1e-9))
 
-# %% ../nbs/03_soundscapes.ipynb #e2d392fe
+# %% ../nbs/03_soundscapes.ipynb #7ae1755d
 TAKES = dict(train=120, val=40, test=40)
 
 @functools.lru_cache(None)
@@ -569,7 +571,7 @@ def synth_library() -> Library:
     sources = {s: {k: tuple(f'{k}/{s}/{i}' for i in range(n)) for k in SYNTHESISED} for s, n in TAKES.items()}
     def play(kind, source, seconds, rate, pitch, r):
         return SYNTHESISED[kind](rng(0, 'take', source), seconds, rate, pitch)
-    return Library('synthesised soundscapes', sources, play, 'synthesised-1')
+    return Library('synthesised soundscapes', sources, play, 'synthesised-2')
 
 # %% ../nbs/03_soundscapes.ipynb #f047c075
 _CLASSES = {'dog bark': 'dog', 'baby cry': 'crying_baby', 'person sneeze': 'sneezing',
@@ -669,8 +671,8 @@ def _fill(x, n, lasting, r):
         at += len(x) + pause
     return out
 
-# %% ../nbs/03_soundscapes.ipynb #57a11028
-_SPEEDS = {1: (1, 1), 1.8: (2, 3), .55: (7, 5), 1.55: (2, 3), .62: (7, 5)}  # resampled by up/down
+# %% ../nbs/03_soundscapes.ipynb #9a56c565
+_SPEEDS = {1: (1, 1), 1.8: (3, 5), .55: (8, 5), 1.55: (3, 5), .62: (8, 5)}  # resampled by up/down
 
 def _player(folder):
     "A function that plays recordings of `folder`; each file is read once."
@@ -686,7 +688,7 @@ def _player(folder):
         return x[:n] if len(x) >= n else _fill(x, n, EVENTS[kind].lasting, r)
     return play
 
-# %% ../nbs/03_soundscapes.ipynb #4d02709a
+# %% ../nbs/03_soundscapes.ipynb #13a64478
 def events_folder(events_dir=None) -> Path:
     "The folder of recordings: `events_dir`, else the environment's CMLF_ESC_DIR."
     given = events_dir or os.environ.get('CMLF_ESC_DIR')
@@ -704,7 +706,7 @@ def recording_library(folder) -> Library:
     credits = read_credits(folder)
     sizes = sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for _, _, path in rows)
     sources = {s: {k: tuple(sources[s][k]) for k in sorted(sources[s])} for s in SPLITS}
-    return Library('soundscapes from recordings', sources, _player(folder), 'recordings-1-' + content_hash(sizes),
+    return Library('soundscapes from recordings', sources, _player(folder), 'recordings-2-' + content_hash(sizes),
                    {p.relative_to(folder).as_posix(): _credit(credits, p) for _, _, p in rows}, both=False)
 
 # %% ../nbs/03_soundscapes.ipynb #e734cb24
@@ -878,7 +880,7 @@ def caption_scene(scene:Scene, # what to describe
         said.setdefault(clean_caption(text), text)
     return tuple(said.values())
 
-# %% ../nbs/03_soundscapes.ipynb #2f17df05
+# %% ../nbs/03_soundscapes.ipynb #34fdd5a0
 def _library(profile, events_dir):
     if one_of(profile.corpus, ('synthesised', 'recordings'), 'corpus to compose') == 'synthesised': return synth_library()
     return recording_library(events_folder(events_dir))
@@ -886,7 +888,7 @@ def _library(profile, events_dir):
 def _clip(scene, library, split, number, seconds, captions):
     raw = caption_scene(scene, captions)
     recipe = json.dumps(asdict(scene) | dict(seconds=seconds, library=library.version))
-    credit = '; '.join(library.credits[e.source] for e in scene.events if e.source in library.credits)
+    credit = ' | '.join(library.credits[e.source] for e in scene.events if e.source in library.credits)
     return Clip(id=f'{split}-{number:05}', split=split, captions=tuple(map(clean_caption, raw)), raw=raw, source=recipe,
                 meaning=scene.meaning, tags=tuple(sorted(e.kind for e in scene.events)), credit=credit)
 

@@ -215,7 +215,7 @@ def test_real_recordings():
     profile = get_profile('field', {'seconds': 2.0})
     corpus = compose(profile, folder)
     check(corpus, profile)
-    assert all('clip derived from' in part for c in corpus.clips for part in c.credit.split('; '))
+    assert all('clip derived from' in part for c in corpus.clips for part in c.credit.split(' | '))
     sources = recording_library(folder.resolve()).sources  # takes of one field recording share a split
     origin = {s: {Path(p).name.split('-')[1] for ps in sources[s].values() for p in ps} for s in SPLITS}
     assert not origin['train'] & origin['test'] and not origin['train'] & origin['val'] and not origin['val'] & origin['test']
