@@ -33,7 +33,7 @@ def one_of(value, # what was asked for
     hint = f'; did you mean {near[0]!r}?' if near else ''
     raise CmlfError(f'unknown {what} {value!r}{hint} Known: {", ".join(map(str, known))}')
 
-# %% ../nbs/00_core.ipynb #aff595cc
+# %% ../nbs/00_core.ipynb #2dc308ca
 @dataclass(frozen=True)
 class Profile:
     "Every setting of a run. Defaults: the paper's, section III-B."
@@ -83,6 +83,14 @@ class Profile:
     pretrain_epochs:int = 0
     pretrain_scenes:int = 0
     pretrain_lr:float = 1e-3
+    # MoEE and CE
+    expert_features:str = ''        # 'audio=FILE,vggsound=FILE': features on disk; '': from taggers of our own
+    expert_width:int = 8            # channels of the first layer of those taggers
+    expert_epochs:int = 8
+    words:str = ''                  # word2vec or GloVe file; '': the text model's own word table
+    ce_epochs:int = 20              # batch, rate and epochs: the reference's
+    ce_batch_size:int = 128
+    ce_lr:float = 0.01
 
     def __post_init__(self):
         for f in fields(self):
@@ -164,13 +172,14 @@ def _check_profile(p):
     for key in ('dropout', 'block_dropout'):
         if not 0 <= getattr(p, key) < 1: raise CmlfError(f'setting {key}={getattr(p, key)} should be in [0, 1)')
 
-# %% ../nbs/00_core.ipynb #a2356745
+# %% ../nbs/00_core.ipynb #9f98a46f
 _small = Profile(name='mini', corpus='synthesised', seconds=4.0, hop=640, text_model='minilm', text_pool='mean',
                  dropout=0.1, block_dropout=0.1, schedule='cosine', lr=1e-3, text_lr=1e-4, head_hidden=512, joint_dim=256)
 
 PROFILES = {p.name: p for p in [
     _small.replace(name='smoke', n_train=64, n_val=16, n_test=24, width=4, head_hidden=32, joint_dim=32, text_model='tiny',
-                   seconds=2.0, epochs=3, stage_split=(1, 1, 1), batch_size=8, pretrain_epochs=1, pretrain_scenes=64),
+                   seconds=2.0, epochs=3, stage_split=(1, 1, 1), batch_size=8, pretrain_epochs=1, pretrain_scenes=64,
+                   expert_width=4, expert_epochs=1, ce_epochs=2, ce_batch_size=16),
     _small.replace(name='mini', n_train=1000, n_val=200, n_test=250, width=8, epochs=13, stage_split=(6, 3, 4),
                    pretrain_epochs=8, pretrain_scenes=1000),
     _small.replace(name='field', corpus='recordings', n_train=2000, n_val=250, n_test=500, subset=250, seconds=6.0, width=16,

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'RUN_VERSION', 'ROOT', 'METRICS', 'TITLES', 'app', 'Row', 'Spec', 'run_profile', 'relevant', 'not_default',
-           'runs_folder', 'Lab', 'Run', 'scores', 'pretty', 'write_table', 'Report', 'batch_figure', 'stage_figure',
-           'size_figure', 'curve_figure', 'pick_queries', 'cards_html', 'provenance', 'write_index', 'notebook_of',
-           'check_parameters', 'check_executed', 'run_notebook', 'runs_needed', 'is_done', 'reproduce',
-           'reproduce_command', 'print_plan', 'check_report', 'data_command', 'write_corpus', 'run_command', 'main']
+           'runs_folder', 'Lab', 'Run', 'runs_needed', 'is_done', 'scores', 'pretty', 'write_table', 'Report',
+           'write_credits', 'batch_figure', 'stage_figure', 'size_figure', 'curve_figure', 'pick_queries', 'cards_html',
+           'provenance', 'write_index', 'notebook_of', 'check_parameters', 'check_executed', 'run_notebook',
+           'reproduce', 'reproduce_command', 'print_plan', 'check_report', 'data_command', 'write_corpus',
+           'run_command', 'main']
 
-# %% ../nbs/11_reproduce.ipynb #89bd2ac4
+# %% ../nbs/11_reproduce.ipynb #e7eb6bab
 import base64, csv, fcntl, html, io, itertools, json, os, sys, time
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -24,27 +25,28 @@ from safetensors.torch import load_file, save_file
 
 from .core import (CmlfError, Profile, atomic_path, commit, content_hash, device, file_hash, get_profile, machine, one_of, read_json, rng, say,
                        seed_everything, versions, write_json, write_text)
+from .baselines import (CESettings, encoder_words, extract, load_expert, load_words, own_experts, train_ce)
 from .data import load_corpus
-from .encoders import DualEncoder
+from .encoders import DualEncoder, TextEncoder
 from .features import SAMPLE_RATE, LogMel, build_store
-from .metrics import retrieval
+from .metrics import retrieval, retrieval_from_similarity
 from .soundscapes import compose, tagging_corpus
 from .training import (Pairs, Trainer, ancillary_vectors, curriculum_stages, fit_tagger, joint_stages,
                            mean_average_precision)
 
-# %% ../nbs/11_reproduce.ipynb #e7c41ac4
+# %% ../nbs/11_reproduce.ipynb #cda659ae
 @dataclass(frozen=True)
 class Row:
     "One row of a table of the paper, and the run that answers it."
     table:int
     system:str
     audio:str = ''     # the audio encoder starts from 'scratch' or 'pretrained'
-    chm:str = ''       # whether batches are mined: 'yes', 'no', or '' where the question does not arise
+    chm:str = ''       # mined batches: 'yes', 'no', a kind of local mining, or '' where the question does not arise
     stage:int = 0      # score after this stage; 0: at the end
     scale:float = 1.0  # batch size / the profile's
-    paper:tuple = ()   # (6,) percent
+    paper:tuple = ()   # (6,) percent; () for a row of ours
 
-# %% ../nbs/11_reproduce.ipynb #185b1b18
+# %% ../nbs/11_reproduce.ipynb #d935535a
 _NUMBERS = '''
 1|CE|||0|1|23.6 56.2 71.4 27.6 60.5 74.7
 1|MoEE|||0|1|23.0 55.7 71.0 26.6 59.3 73.5
@@ -54,6 +56,8 @@ _NUMBERS = '''
 1|3CMLF|scratch|yes|0|1|28.0 60.5 75.1 33.0 65.0 78.1
 1|3CMLF|pretrained|no|0|1|34.5 69.9 82.3 40.5 72.0 84.8
 1|3CMLF|pretrained|yes|0|1|34.9 70.7 82.9 41.4 72.9 85.4
+1|3CMLF|pretrained|local: triplet|0|1|
+1|3CMLF|pretrained|local: hardest k|0|1|
 2|3CMLF|scratch|yes|1|1|9.4 30.1 43.1 9.8 29.8 44.0
 2|3CMLF|scratch|yes|2|1|19.3 49.2 65.3 24.1 50.9 64.6
 2|3CMLF|scratch|yes|3|1|28.0 60.5 75.1 33.0 65.0 78.1
@@ -74,13 +78,17 @@ def _row(line):
 
 ROWS = [_row(line) for line in _NUMBERS.strip().splitlines()]
 
-# %% ../nbs/11_reproduce.ipynb #d2eaea44
-RUN_VERSION = dict(features=1, soundscapes=1, mining=1, encoders=1, loss=1, training=1)
+# %% ../nbs/11_reproduce.ipynb #e8f657e0
+RUN_VERSION = dict(features=1, soundscapes=1, mining=1, encoders=1, loss=1, training=1, baselines=1)
+
+_ROOMS = dict(tagger=('features', 'soundscapes', 'encoders', 'training'), experts=('soundscapes', 'baselines'),
+              ce=('soundscapes', 'baselines', 'loss'), moee=('soundscapes', 'baselines', 'loss'))
+_DUAL = 'features', 'soundscapes', 'mining', 'encoders', 'loss', 'training'
 
 @dataclass(frozen=True)
 class Spec:
     "What is trained: enough, with a profile and a corpus, to do it again."
-    system:str         # 'tagger', 'baseline' (joint) or '3cmlf' (three stages)
+    system:str         # 'baseline' (joint), '3cmlf' (three stages), 'ce', 'moee', and what they need: 'tagger', 'experts'
     audio:str = ''     # 'scratch' or 'pretrained'
     chm:bool = False   # mined batches
     batch_size:int = 32
@@ -93,13 +101,15 @@ class Spec:
         parts = [self.system, self.audio, 'chm' if self.chm else '', self.loss, f'b{self.batch_size}', f's{self.seed}']
         return '-'.join(p for p in parts if p)
 
-# %% ../nbs/11_reproduce.ipynb #9606e848
+# %% ../nbs/11_reproduce.ipynb #3d715e2d
 _CORPUS = 'corpus n_train n_val n_test corpus_seed seconds'.split() # the corpus's own hash stands for these
 _TAGGER = 'pretrain_epochs pretrain_scenes pretrain_lr panns'.split()
 _AUDIO = 'hop width dropout block_dropout spec_augment amp'.split()
 _STAGED = 'stage_split freeze_head'.split()
 _MINED = 'curriculum ancillary remine'.split()
-_NEVER = ['name', 'subset', *_CORPUS]
+_EXPERTS = 'expert_features expert_width expert_epochs'.split()
+_CE = 'words ce_epochs ce_batch_size ce_lr'.split()
+_NEVER = ['name', 'subset', *_CORPUS, *_TAGGER, *_EXPERTS, *_CE] # a run names its tagger's key, not its settings
 
 def run_profile(profile, spec:Spec):
     "The profile with what the spec itself says put in."
@@ -109,9 +119,9 @@ def relevant(profile, spec:Spec) -> dict:
     "The settings that a run of `spec` depends on; others can change without undoing it."
     settings = run_profile(profile, spec).asdict()
     if spec.system == 'tagger': return {k: settings[k] for k in _TAGGER + _AUDIO}
-    out = _NEVER + _TAGGER # a pre-trained run names its tagger's key instead
-    if spec.system == 'baseline': out = out + _STAGED
-    if not spec.chm: out = out + _MINED
+    if spec.system == 'experts': return {k: settings[k] for k in _EXPERTS + ['pretrain_scenes']}
+    if spec.system in ('ce', 'moee'): return {k: settings[k] for k in _CE + ['text_model']}
+    out = _NEVER + _STAGED * (spec.system == 'baseline') + _MINED * (not spec.chm)
     return {k: v for k, v in settings.items() if k not in out}
 
 def not_default(found:dict, default:dict) -> dict:
@@ -146,7 +156,7 @@ class Lab:
     @cached_property
     def log_mel(self): return LogMel(hop=self.profile.hop)
 
-# %% ../nbs/11_reproduce.ipynb #3f27856d
+# %% ../nbs/11_reproduce.ipynb #6312c4ed
 @patch
 def store(self:Lab, part, what:str='log-mel'):
     "The log-mels of a corpus, computed once."
@@ -167,21 +177,31 @@ def key(self:Lab, spec:Spec) -> str:
     if spec.audio == 'pretrained' and self.profile.panns: parents.append(file_hash(self.profile.panns))
     # what stands at its default is left out: a setting added later does not undo the runs before it
     settings = not_default(relevant(self.profile, spec), Profile().asdict())
-    return content_hash(settings, not_default(asdict(spec), asdict(Spec(''))), self.corpus.hash, RUN_VERSION, parents)
+    return content_hash(settings, not_default(asdict(spec), asdict(Spec(''))), self.corpus.hash,
+                        {r: RUN_VERSION[r] for r in _ROOMS.get(spec.system, _DUAL)}, parents)
 
 @patch
 def parents(self:Lab, spec:Spec) -> list:
-    "Runs that must exist first: the tagger of a pre-trained start, the baseline whose vectors are mined."
+    "Runs that must exist first: a pre-trained start's tagger, the baseline whose vectors are mined, CE's experts."
+    if spec.system in ('ce', 'moee'): return [self.spec('experts', seed=spec.seed)]
     before = [self.spec('tagger', seed=spec.seed)] if spec.audio == 'pretrained' and not self.profile.panns else []
     # choice 9 of the paper's open ones: vectors come from the baseline with the same start
     return before + ([self.spec('baseline', spec.audio, seed=spec.seed)] if spec.chm else [])
 
 @patch
-def spec(self:Lab, system:str, audio:str='', chm:bool=False, scale:float=1, seed:int=0) -> Spec:
+def spec(self:Lab, system:str, audio:str='', chm:bool=False, scale:float=1, seed:int=0, loss:str='') -> Spec:
     "The spec of a system under this profile, its batch size scaled."
-    return Spec(system, audio, chm, int(self.profile.batch_size * scale), seed)
+    return Spec(system, audio, chm, int(self.profile.batch_size * scale), seed, loss)
 
-# %% ../nbs/11_reproduce.ipynb #1dbb16ee
+_SYSTEMS = {'CE': 'ce', 'MoEE': 'moee', 'ResNet38+BERT': 'baseline', '3CMLF': '3cmlf'}
+_LOCAL = {'local: triplet': 'triplet_max', 'local: hardest k': 'nt_xent_hardest'}
+
+@patch
+def spec_of(self:Lab, row:Row, seed:int=0) -> Spec:
+    "The spec that answers a row of the paper."
+    return self.spec(_SYSTEMS[row.system], row.audio, row.chm == 'yes', row.scale, seed, _LOCAL.get(row.chm, ''))
+
+# %% ../nbs/11_reproduce.ipynb #f8833697
 class Run:
     "A finished run, read from its folder."
     def __init__(self, folder):
@@ -199,17 +219,16 @@ class Run:
                   first:int=0, # only this many clips; 0: all
                  ):
         "Scores on the test set, or on its first clips."
-        stage = stage or self.about['stages']
-        a, t, owner = (self.arrays[k] for k in (f'audio_{stage}', f'text_{stage}', 'owner'))
-        n = first or len(a)
-        return retrieval(a[:n], t[owner < n], owner[owner < n])
+        stage, owner = stage or self.about['stages'], self.arrays['owner']
+        if 'sim' in self.arrays: return retrieval_from_similarity(self.arrays['sim'], owner, first or None) # MoEE, CE
+        return retrieval(self.arrays[f'audio_{stage}'], self.arrays[f'text_{stage}'], owner, first or None)
 
     def updates(self, stage:int=0) -> tuple:
         "Updates of the audio and of the text encoder, up to the end of a stage."
         h = self.history[self.history.stage <= (stage or self.about['stages'])]
         return int(h.audio_updates.sum()), int(h.text_updates.sum())
 
-# %% ../nbs/11_reproduce.ipynb #67817ddc
+# %% ../nbs/11_reproduce.ipynb #4ed7c008
 def _where(lab, spec): return lab.runs/lab.profile.name/f'{spec.name}-{lab.key(spec)}'
 
 @patch
@@ -230,9 +249,10 @@ def train(self:Lab, spec:Spec, going:Path, done:Path):
     "Train `spec` in folder `going`, which becomes `done`."
     start = time.time()
     log = lambda line: say(f'{self.profile.name} {spec.name}: {line}')
-    about = (self.pretrain if spec.system == 'tagger' else self.fit)(spec, going, log)
+    how = dict(tagger=self.pretrain, experts=self.fit_experts, ce=self.fit_ce, moee=self.fit_ce)
+    about = how.get(spec.system, self.fit)(spec, going, log)
     origin = dict(commit=commit(), versions=versions(), machine=machine(), finished=time.strftime('%Y-%m-%d %H:%M:%S'))
-    write_json(going/'run.json', dict(name=spec.name, key=self.key(spec), spec=asdict(spec), settings=relevant(self.profile, spec),
+    write_json(going/'run.json', dict(name=spec.name, key=self.key(spec), spec=asdict(spec), settings=relevant(self.profile, spec), profile=self.profile.asdict(),
                                       corpus=dict(name=self.corpus.name, hash=self.corpus.hash), run_version=RUN_VERSION,
                                       minutes_last_session=(time.time() - start) / 60, **about, **origin))
     for name in ('lock', 'checkpoint.pt'): (going/name).unlink(missing_ok=True)
@@ -307,24 +327,74 @@ def pretrain(self:Lab, spec:Spec, folder:Path, log) -> dict:
     save_file({k: v.contiguous().cpu() for k, v in trunk.state_dict().items()}, folder/'model.safetensors')
     return dict(map=score, train_clips=len(learn), minutes=(time.time() - start) / 60, stages=0)
 
-# %% ../nbs/11_reproduce.ipynb #29172e96
-METRICS = [f'{d}_r{k}' for d in ('t2a', 'a2t') for k in (1, 5, 10)]
-
+# %% ../nbs/11_reproduce.ipynb #f1a141a2
 @patch
-def answer(self:Lab, row:Row, seed:int=0):
-    "The run that answers a row; None where this artifact has no such system."
-    systems = {'ResNet38+BERT': 'baseline', '3CMLF': '3cmlf'}
-    if row.system not in systems: return None
-    return self.run(self.spec(systems[row.system], row.audio, row.chm == 'yes', row.scale, seed))
+def fit_experts(self:Lab, spec:Spec, folder:Path, log) -> dict:
+    "Both experts' features of every clip, kept in `experts.npz`; what `run.json` should say of it."
+    p, start, nets = self.profile, time.time(), None
+    if not p.expert_features: nets = own_experts(tagging_corpus(p, self.events).split('train'), p.expert_width, p.expert_epochs, spec.seed)
+    arrays = {}
+    for split in ('train', 'val', 'test'):
+        part = self.corpus.split(split)
+        found = extract(nets, part) if nets else _features_on_disk(p.expert_features, part)
+        for name, (x, there) in found.items():
+            arrays |= {f'{split}/{name}/x': x.astype(np.float16), f'{split}/{name}/there': there}
+    with atomic_path(folder/'experts.npz') as tmp: np.savez(tmp, **arrays)
+    if nets: save_file({f'{n}.{k}': v.contiguous().cpu() for n, net in nets.items() for k, v in net.state_dict().items()}, folder/'model.safetensors')
+    log(f'features of {len(self.corpus)} clips')
+    return dict(minutes=(time.time() - start) / 60, stages=0)
+
+_TOKENS = dict(audio=(10, 128), vggsound=(32, 512)) # tokens and width on AudioCaps
+
+def _features_on_disk(text, part):
+    pairs = dict(t.split('=', 1) for t in text.split(',') if '=' in t)
+    for name in _TOKENS:
+        if name not in pairs: raise CmlfError(f"setting expert_features={text!r} should read 'audio=FILE,vggsound=FILE'")
+    return {name: load_expert(pairs[name], [c.id for c in part.clips], *size) for name, size in _TOKENS.items()}
+
+# %% ../nbs/11_reproduce.ipynb #aa89778f
+@patch
+def fit_ce(self:Lab, spec:Spec, folder:Path, log) -> dict:
+    "Train CE or MoEE; what `run.json` should say of it."
+    p, start = self.profile, time.time()
+    with np.load(self.run(self.spec('experts', seed=spec.seed)).folder/'experts.npz') as f:
+        experts = {s: {n: (f[f'{s}/{n}/x'].astype(np.float32), f[f'{s}/{n}/there']) for n in _TOKENS} for s in ('train', 'val', 'test')}
+    parts = {s: self.corpus.split(s) for s in experts}
+    words = load_words(p.words, self.corpus.captions) if p.words else encoder_words(TextEncoder(p.text_model))
+    settings = CESettings(use_ce=spec.system == 'ce', epochs=p.ce_epochs, batch_size=p.ce_batch_size, lr=p.ce_lr)
+    found = train_ce(*parts.values(), experts, words, settings, spec.seed, folder/'checkpoint.pt', log=log)
+    updates = -(-len(parts['train']) // p.ce_batch_size)
+    history = pd.DataFrame(found.history).assign(stage=1, audio_updates=updates, text_updates=updates)
+    history.rename(columns={'score': 'val'}).to_csv(folder/'history.csv', index=False)
+    with atomic_path(folder/'test.npz') as tmp:
+        np.savez(tmp, owner=parts['test'].owner, sim=found.sim, t2a_ranks_1=found.test.t2a_ranks, a2t_ranks_1=found.test.a2t_ranks)
+    save_file({k: v.contiguous().cpu() for k, v in found.model.state_dict().items()}, folder/'model.safetensors')
+    return dict(stages=1, best_epoch=found.best_epoch, train_clips=len(parts['train']), minutes=(time.time() - start) / 60)
+
+# %% ../nbs/11_reproduce.ipynb #a2a4e50c
+def runs_needed(lab:Lab, numbers, seeds:int) -> list:
+    "Specs of all runs that the tables ask for, parents first, each once."
+    wanted = []
+    def add(spec):
+        for parent in lab.parents(spec): add(parent)
+        if spec not in wanted: wanted.append(spec)
+    for seed, row in itertools.product(range(seeds), [r for r in ROWS if r.table in numbers]): add(lab.spec_of(row, seed))
+    return wanted
+
+def is_done(lab:Lab, spec:Spec) -> bool:
+    "Whether the run is on the shelf."
+    return (_where(lab, spec)/'run.json').exists()
+
+# %% ../nbs/11_reproduce.ipynb #5ee4a1fa
+METRICS = [f'{d}_r{k}' for d in ('t2a', 'a2t') for k in (1, 5, 10)]
 
 def scores(found) -> list: # (6,) percent, in the order of METRICS
     "R@1, R@5, R@10 of both directions."
     return [side[f'R@{k}'] for side in (found.t2a, found.a2t) for k in (1, 5, 10)]
 
-# %% ../nbs/11_reproduce.ipynb #8b5c349d
+# %% ../nbs/11_reproduce.ipynb #24dd9f73
 def _ours(lab, row, seeds, first):
-    runs = [r for s in range(seeds) if (r := lab.answer(row, s))]
-    if not runs: return {}
+    runs = [lab.run(lab.spec_of(row, s)) for s in range(seeds)]
     found = [r.retrieval(row.stage, first) for r in runs]
     values = np.array([scores(f) for f in found])
     updates = runs[0].updates(row.stage)
@@ -332,7 +402,7 @@ def _ours(lab, row, seeds, first):
     return dict(zip(METRICS, values.mean(0).round(2))) | dict(
         {f'{m}_sd': v for m, v in zip(METRICS, values.std(0, ddof=1).round(2))} if len(runs) > 1 else {},
         pool_clips=len(found[0].a2t_ranks), pool_captions=len(found[0].t2a_ranks), seeds=len(runs),
-        epochs=len(history if not row.stage else history[history.stage <= row.stage]),
+        epochs=int((history.stage <= (row.stage or 3)).sum()),
         audio_updates=updates[0], text_updates=updates[1],
         minutes=round(float(np.mean([r.about['minutes'] for r in runs])), 2), runs=' '.join(r.about['key'] for r in runs))
 
@@ -345,7 +415,7 @@ def table(self:Lab, number:int, # 1, 2 or 3
     rows = [r for r in ROWS if r.table == one_of(number, [1, 2, 3], 'table')]
     label = lambda r: dict(system=r.system, audio_encoder=r.audio, chm=r.chm, stage=r.stage or None,
                            batch_size=int(self.profile.batch_size * r.scale) if r.audio else None)
-    paper = lambda r: {f'paper_{m}': v for m, v in zip(METRICS, r.paper)}
+    paper = lambda r: {f'paper_{m}': v for m, v in itertools.zip_longest(METRICS, r.paper)}
     frame = pd.DataFrame([label(r) | _ours(self, r, seeds, first) | paper(r) for r in rows])
     return frame.convert_dtypes()
 
@@ -413,9 +483,11 @@ class Report:
         "The table's title, which says so when the corpus is not AudioCaps."
         return TITLES[self.number] + ('' if self.real else f' (ours on {self.lab.corpus.name}, not on AudioCaps)')
 
-# %% ../nbs/11_reproduce.ipynb #350bdc4a
+# %% ../nbs/11_reproduce.ipynb #52bf6917
 _NOTES = {1: ["The paper's CE and MoEE numbers equal those published for a filtered list of test clips (probably 816), not the 957 "
-              "of its other rows; a dash under ours means that this artifact has no such run yet."],
+              "of its other rows. Ours are trained and scored on the pool of all other rows.",
+              'CE and MoEE hear through two taggers of our own (VGGish- and ResNet-18-shaped), trained on training sources only, and are '
+              'selected by text-to-audio recall as their reference is; local rows are ours, not the paper’s (claim C6).'],
           2: ['Stages 1 to 3 are one run: the same numbers stand in Tables I and III.'],
           3: ["Vectors for mining come from the same baseline in every row, at the profile's own batch size."]}
 
@@ -440,7 +512,7 @@ def show_table(self:Report) -> pd.DataFrame:
         self.tables.append(dict(name=name, title=title, notes=notes))
     return pretty(self.lab.table(self.number, self.seeds), self.number)
 
-# %% ../nbs/11_reproduce.ipynb #d3c4955d
+# %% ../nbs/11_reproduce.ipynb #4fc905cf
 @patch
 def figure(self:Report, fig, # matplotlib
            name:str, caption:str):
@@ -452,17 +524,20 @@ def figure(self:Report, fig, # matplotlib
 @patch
 def done(self:Report):
     "The record: what was asked, what was in force, which runs answered."
-    runs = {r.about['key']: r.about for row in ROWS if row.table == self.number for s in range(self.seeds)
-            if (r := self.lab.answer(row, s))}
-    for r in list(runs.values()):
-        for parent in self.lab.parents(Spec(**r['spec'])):
-            about = self.lab.run(parent).about
-            runs[about['key']] = about
+    runs = [self.lab.run(spec).about for spec in runs_needed(self.lab, [self.number], self.seeds)]
     corpus = self.lab.corpus
+    write_credits(corpus, self.out/'CREDITS.md')
     write_json(self.out/f'table{self.number}.json', dict(
         asked={k: v for k, v in self.asked.items() if k not in ('runs', 'out', 'events', 'data')}, in_force=self.lab.profile.asdict(),
         corpus=dict(name=corpus.name, about=corpus.about, hash=corpus.hash, clips={s: len(corpus.split(s)) for s in ('train', 'val', 'test')}),
-        tables=self.tables, figures=self.figures, cards=self.cards, runs=runs))
+        tables=self.tables, figures=self.figures, cards=self.cards, runs={r['key']: r for r in runs}))
+
+# %% ../nbs/11_reproduce.ipynb #f35a9f56
+def write_credits(corpus, path) -> int: # how many
+    "One line per recording behind the clips; no file where there is none."
+    lines = sorted({line for c in corpus.clips for line in c.credit.split(' | ') if line})
+    if lines: write_text(path, f'# Recordings\n\n{len(lines)} recordings were used in composing these scenes.\n\n' + ''.join(f'- {l}\n' for l in lines))
+    return len(lines)
 
 # %% ../nbs/11_reproduce.ipynb #8eb95c40
 def _inside(x, batches): # off-diagonal cosines inside all batches
@@ -690,22 +765,6 @@ def _need_kernel():
     if 'python3' not in KernelSpecManager().find_kernel_specs():
         raise CmlfError('no Jupyter kernel named python3: install ipykernel in this environment')
 
-# %% ../nbs/11_reproduce.ipynb #09ac6b78
-def runs_needed(lab:Lab, numbers, seeds:int) -> list:
-    "Specs of all runs that the tables ask for, parents first, each once."
-    wanted = []
-    def add(spec):
-        for parent in lab.parents(spec): add(parent)
-        if spec not in wanted: wanted.append(spec)
-    systems = {'ResNet38+BERT': 'baseline', '3CMLF': '3cmlf'}
-    for seed, row in itertools.product(range(seeds), [r for r in ROWS if r.table in numbers and r.system in systems]):
-        add(lab.spec(systems[row.system], row.audio, row.chm == 'yes', row.scale, seed))
-    return wanted
-
-def is_done(lab:Lab, spec:Spec) -> bool:
-    "Whether the run is on the shelf."
-    return (_where(lab, spec)/'run.json').exists()
-
 # %% ../nbs/11_reproduce.ipynb #4e9232df
 def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1, events:str='', runs:str='', data:str='', out:str='',
               settings=(), # texts KEY=VALUE
@@ -809,15 +868,17 @@ def write_corpus(corpus, out) -> Path:
     write_text(out/'manifest.csv', text.getvalue())
     return out/'manifest.csv'
 
-# %% ../nbs/11_reproduce.ipynb #4635b35b
+# %% ../nbs/11_reproduce.ipynb #6380fa07
 def run_command(arguments=None) -> int: # exit code
     "Run the `cmlf` command; bad input is one line on stderr and 2."
-    import click
     try: return app(arguments, standalone_mode=False) or 0
-    except CmlfError as e: say(f'cmlf: {" ".join(str(e).split())}')
-    except click.ClickException as e: say(f'cmlf: {" ".join(e.format_message().split())}')
-    except (KeyboardInterrupt, click.Abort): say('cmlf: stopped; the same command goes on from here'); return 130
+    except CmlfError as e: message = str(e)
+    except (KeyboardInterrupt, typer.Abort): say('cmlf: stopped; the same command goes on from here'); return 130
     except BrokenPipeError: return 141
+    except Exception as e:
+        if not hasattr(e, 'format_message'): raise # only a wrong use of the command has one
+        message = e.format_message()
+    say(f'cmlf: {" ".join(message.split())}')
     return 2
 
 def main(): sys.exit(run_command())

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Stage', 'joint_stages', 'curriculum_stages', 'Tokens', 'Pairs', 'encode', 'embed', 'ancillary_vectors', 'lr_factor',
-           'loss_of', 'Trainer', 'fit_tagger', 'mean_average_precision']
+           'Trainer', 'fit_tagger', 'mean_average_precision']
 
-# %% ../nbs/08_training.ipynb #c3aa9e08
+# %% ../nbs/08_training.ipynb #08fc93ed
 import math, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .core import CmlfError, Profile, atomic_path, autocast, device, rng, say, seed_everything
-from .loss import LOSSES
+from .loss import get_loss
 from .metrics import retrieval
 from .mining import mine
 
@@ -55,7 +55,7 @@ class Tokens:
         longest = int(self.lengths[i].max())
         return dict(input_ids=self.ids[i, :longest], attention_mask=self.mask[i, :longest])
 
-# %% ../nbs/08_training.ipynb #e64680ee
+# %% ../nbs/08_training.ipynb #9d2a6081
 @dataclass
 class Pairs:
     "One split, ready to learn from or to be scored."
@@ -76,10 +76,8 @@ class Pairs:
 
     def draw_captions(self, generator) -> np.ndarray:
         "(N,) one caption of each clip, drawn anew: which one a clip with several shows in this epoch."
-        order = np.argsort(self.owner, kind='stable')
-        counts = np.bincount(self.owner, minlength=len(self))
-        first = np.cumsum(counts) - counts
-        return order[first + (generator.random(len(self)) * counts).astype(np.int64)]
+        counts = np.bincount(self.owner, minlength=len(self))  # captions lie in the order of their clips
+        return np.cumsum(counts) - counts + generator.integers(0, counts)
 
 # %% ../nbs/08_training.ipynb #51b4c8f1
 @torch.no_grad()
@@ -141,15 +139,6 @@ def lr_factor(profile:Profile, # its `schedule`
         warm = min(1.0, (done + 1e-3) / (0.05 * total)) # Adam's first steps are rough on a pre-trained BERT
         return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done / total)))
     return 0.1 ** int(done // profile.lr_step) if profile.schedule == 'step' else 1.0
-
-# %% ../nbs/08_training.ipynb #0b93c945
-def loss_of(profile:Profile):
-    "(audio (B, d), text (B, d)) -> scalar: the profile's loss with its settings."
-    loss = LOSSES[profile.loss]
-    if profile.loss == 'nt_xent': return lambda x, y: loss(x, y, tau=profile.tau)
-    if profile.loss == 'nt_xent_hardest':
-        return lambda x, y: loss(x, y, k=min(profile.hardest, len(x) - 1), tau=profile.tau)
-    return loss
 
 # %% ../nbs/08_training.ipynb #abc1d8cc
 class Trainer:
@@ -225,13 +214,13 @@ def one_epoch(self:Trainer) -> float:
         losses.append(self.step(clips, captions[clips], self.epoch + i / len(batches)))
     return float(torch.stack(losses).mean())
 
-# %% ../nbs/08_training.ipynb #422de708
+# %% ../nbs/08_training.ipynb #b5008b92
 @patch
 def start_stage(self:Trainer):
     "Freeze the teacher and let it speak; a fresh optimiser for those who learn."
     s, p, m = self.stages[self.stage], self.profile, self.model
     m.train_only(s.learns, freeze_head=p.freeze_head)
-    self.loss = loss_of(p)
+    self.loss = get_loss(p.loss, tau=p.tau, k=p.hardest) # Eq. 4, unless a run shows claim C6
     kw = dict(amp=p.amp, dev=self.dev)
     self.heard = encode(m.audio, self.train.store, len(self.train), **kw) if s.learns == 'text' else None
     self.read = encode(m.text, self.train.tokens, len(self.train.tokens), **kw) if s.learns == 'audio' else None
