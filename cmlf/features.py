@@ -143,15 +143,15 @@ class FeatureStore:
     def __repr__(self):
         return f'FeatureStore({self.path.name}, {"x".join(map(str, self.rows.shape))})'
 
-# %% ../nbs/01_features.ipynb #48341702
-def _ahead(read, indices, workers):
-    "Yield `read(i)` in order, with `workers` threads reading ahead; none: one after the other."
-    if not workers: yield from map(read, indices); return
-    with ThreadPoolExecutor(workers) as pool:
+# %% ../nbs/01_features.ipynb #0b2f40f1
+def _ahead(f, items, threads):
+    "Yield `f(item)` in order, `threads` threads working ahead; none: one after the other."
+    if not threads: yield from map(f, items); return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting = deque()
-        for i in indices:
-            waiting.append(pool.submit(read, i))
-            if len(waiting) > 4 * workers: yield waiting.popleft().result()
+        for item in items:
+            waiting.append(pool.submit(f, item))
+            if len(waiting) > 4 * threads: yield waiting.popleft().result()
         while waiting: yield waiting.popleft().result()
 
 # %% ../nbs/01_features.ipynb #1ef6081a
@@ -175,7 +175,7 @@ def _resume(part, shape):
     f.seek(0, os.SEEK_END)
     return f, done
 
-# %% ../nbs/01_features.ipynb #2289ff61
+# %% ../nbs/01_features.ipynb #63c84b5a
 def _clip(wave, key, seconds, rate):
     "A waveform that may enter a store, or an error that names its clip."
     wave = np.asarray(wave, dtype=np.float32)
@@ -184,20 +184,29 @@ def _clip(wave, key, seconds, rate):
                         'check its audio')
     return fit(wave, seconds, rate)
 
-def _write_rows(part, shape, keys, read, log_mel, seconds, workers, batch):
-    "Append the rows that `part` lacks."
-    f, done = _resume(part, shape)
-    waves = _ahead(read, range(done, len(keys)), workers)
-    with f, Progress(len(keys), part.stem.rpartition('-')[0]) as bar, torch.inference_mode():
-        bar.step(done)
-        for start in range(done, len(keys), batch):
-            some = np.stack([_clip(next(waves), key, seconds, log_mel.sample_rate)
-                             for key in keys[start:start + batch]])
-            f.write(log_mel(some).half().cpu().numpy().tobytes()); f.flush()
-            bar.step(len(some))
-        os.fsync(f.fileno())
+@torch.inference_mode()
+def _row(wave, key, log_mel, seconds):
+    "One clip's log-mel as the bytes that are stored."
+    wave = _clip(wave, key, seconds, log_mel.sample_rate)
+    return log_mel(wave[None])[0].half().cpu().numpy().tobytes()
 
-# %% ../nbs/01_features.ipynb #7b46d4f5
+# %% ../nbs/01_features.ipynb #f013eb7d
+def _write_rows(part, shape, keys, read, log_mel, seconds, workers):
+    "Append the rows that `part` lacks: reading in `workers` threads, log-mels in one per core."
+    f, done = _resume(part, shape)
+    threads = torch.get_num_threads()
+    waves = _ahead(read, range(done, len(keys)), workers)
+    rows = _ahead(lambda clip: _row(*clip, log_mel, seconds), zip(waves, keys[done:]),
+                  threads if log_mel.window.device.type == 'cpu' else 1)
+    try:
+        with f, Progress(len(keys), part.stem.rpartition('-')[0]) as bar:
+            bar.step(done)
+            for row in rows:
+                f.write(row); f.flush(); bar.step()
+            os.fsync(f.fileno())
+    finally: torch.set_num_threads(threads)  # the threads of `_ahead` lower it
+
+# %% ../nbs/01_features.ipynb #8aebe20a
 STORE_VERSION = 1  # raise it when the same settings come to mean other numbers
 
 def build_store(folder, # where stores live
@@ -207,7 +216,6 @@ def build_store(folder, # where stores live
                 seconds:float, # clips are padded or cut at the end to this length
                 what:str='log-mel', # first part of the file's name
                 workers:int=0, # threads that read ahead
-                batch:int=4, # clips per call of `log_mel`; few, to stay in the processor's cache
                ) -> FeatureStore:
     "The store of these clips' log-mels: opened if it exists, else built or built on."
     keys, seconds = list(keys), float(seconds)
@@ -219,6 +227,6 @@ def build_store(folder, # where stores live
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(Path(folder)/f'{name}.lock'):
             if not path.exists():
-                _write_rows(part, shape, keys, read, log_mel, seconds, workers, batch)
+                _write_rows(part, shape, keys, read, log_mel, seconds, workers)
                 os.replace(part, path)
     return FeatureStore(path)

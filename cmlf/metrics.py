@@ -160,13 +160,19 @@ def _parts(results, k, direction):
         parts.append((np.bincount(clip, hits, C), np.bincount(clip, minlength=C)))
     return parts
 
-# %% ../nbs/07_metrics.ipynb #f704a625
+# %% ../nbs/07_metrics.ipynb #1f7a4329
+def _shares(draws, C):
+    "`draws` in shares small enough to hold (share, C) numbers."
+    most = max(1, 2**20 // C)
+    return [most] * (draws // most) + [draws % most] * (draws % most > 0)
+
 def _bootstrap(parts, draws, seed):
     "`draws` values of the ratio above in percent, averaged over `parts`, from clips drawn again."
     random, C = rng(seed, 'bootstrap'), len(parts[0][0])
     values = []
-    for n in [1000] * (draws // 1000) + [draws % 1000]:
-        w = random.multinomial(C, np.full(C, 1 / C), size=n)
+    for n in _shares(draws, C):
+        drawn = random.integers(C, size=(n, C)) + C * np.arange(n)[:, None]
+        w = np.bincount(drawn.ravel(), minlength=n * C).reshape(n, C)
         values.append(np.mean([100 * (w @ h) / (w @ q) for h, q in parts], axis=0))
     return np.concatenate(values)
 
@@ -180,7 +186,7 @@ def interval(result, # a Retrieval, or several (seeds) of one test set, averaged
     values = _bootstrap(_parts(result, k, direction), draws, seed)
     return tuple(float(x) for x in np.percentile(values, [50 - level / 2, 50 + level / 2]))
 
-# %% ../nbs/07_metrics.ipynb #efd6d76d
+# %% ../nbs/07_metrics.ipynb #a6657388
 @dataclass(frozen=True)
 class Paired:
     "Difference of two recalls in points, its 95 % interval, p of a sign-flip test over clips."
@@ -189,12 +195,13 @@ class Paired:
     high:float
     p:float
     clips:int
+
     def __str__(self):
         inside = f'[{self.low:+.1f}, {self.high:+.1f}]'
         return f'{self.difference:+.1f} points {inside}, p = {self.p:.2g}'
     def _repr_markdown_(self): return f'{self} ({self.clips} clips)'
 
-# %% ../nbs/07_metrics.ipynb #b6f5ceea
+# %% ../nbs/07_metrics.ipynb #d1f5bbe2
 def paired_test(a, # a Retrieval, or several (seeds), averaged
                 b, # the same of the other model, on the same test set
                 k:int|None=None, # depth; None: the mean over 1, 5 and 10
@@ -207,7 +214,7 @@ def paired_test(a, # a Retrieval, or several (seeds), averaged
     parts = [(ha - hb, q) for (ha, q), (hb, _) in zip(*(_parts(r, k, direction) for r in results))]
     d = np.mean([100 * h / q.sum() for h, q in parts], axis=0)
     random, beyond = rng(seed, 'flips'), 0
-    for n in [1000] * (draws // 1000) + [draws % 1000]:
+    for n in _shares(draws, len(d)):
         signs = random.integers(0, 2, (n, len(d)), dtype=np.int8) * 2.0 - 1
         beyond += int((np.abs(signs @ d) >= abs(d.sum()) - 1e-9).sum())
     low, high = np.percentile(_bootstrap(parts, draws, seed), [2.5, 97.5])

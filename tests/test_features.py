@@ -151,7 +151,7 @@ def slow(i):
 SCRIPT = """
 import sys; sys.path.insert(0, {tests!r})
 from test_features import build, slow
-build({folder!r}, 60, slow, batch=2)
+build({folder!r}, 60, slow)
 """
 
 
@@ -192,8 +192,10 @@ def test_two_processes_share_one_build(tmp_path):
     assert len(list(tmp_path.glob('*.npy'))) == 1
 
 
-def test_workers_and_batches_do_not_matter(tmp_path):
-    stores = [build(tmp_path / f'{w}-{b}', 9, workers=w, batch=b) for w, b in ((0, 1), (3, 4), (1, 100))]
+def test_threads_do_not_matter(tmp_path):
+    threads = torch.get_num_threads()
+    stores = [build(tmp_path / f'{w}', 9, workers=w) for w in (0, 1, 3)]
+    assert torch.get_num_threads() == threads
     for other in stores[1:]:
         assert np.array_equal(stores[0].rows, other.rows)
 
@@ -229,7 +231,7 @@ def test_values_are_within_004_db(tmp_path):
 def test_bad_clip_is_named_and_the_rest_kept(tmp_path):
     for bad in (np.array([np.nan] * 9), np.zeros((2, 9)), np.zeros(0)):
         with pytest.raises(CmlfError, match='clip 5'):
-            build(tmp_path, 9, lambda i: bad if i == 5 else make(i), batch=2, workers=2)
+            build(tmp_path, 9, lambda i: bad if i == 5 else make(i), workers=2)
     assert len(build(tmp_path, 9)) == 9
     with pytest.raises(CmlfError, match='no clips'): build(tmp_path, 0)
 
