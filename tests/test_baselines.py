@@ -1,0 +1,172 @@
+"""Files the baselines read, in each form they come in, and input that cannot be used."""
+import types
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from cmlf import baselines as b
+from cmlf.core import CmlfError
+
+VECTORS = {'dog': [1., 0, 2], 'barks': [0, 1, 0], 'rain': [1, 1, -3]}
+
+def text(vectors): return ''.join(f'{w} {" ".join(map(str, v))}\n' for w, v in vectors.items())
+
+def binary(vectors, end=b''):
+    head = f'{len(vectors)} 3\n'.encode()
+    return head + b''.join(w.encode() + b' ' + np.float32(v).tobytes() + end for w, v in vectors.items())
+
+WORD_FILES = {'glove.txt': text(VECTORS).encode(), 'w2v.txt': b'3 3\n' + text(VECTORS).encode(),
+              'w2v.bin': binary(VECTORS), 'lines.bin': binary(VECTORS, b'\n'), 'unended.txt': text(VECTORS).encode().rstrip()}
+
+@pytest.mark.parametrize('name', WORD_FILES)
+def test_every_form_of_word_file(tmp_path, name):
+    path = tmp_path/name
+    path.write_bytes(WORD_FILES[name])
+    file = b.WordFile(path)
+    assert file.binary == name.endswith('.bin')
+    assert {w: file[w].tolist() for w in VECTORS} == VECTORS and 'cat' not in file
+    words = b.load_words(path, ['dog barks loudly', 'xyzzy'])
+    ids = words.encode(['dog barks loudly', 'xyzzy', ''], 4)
+    assert (ids > 0).sum(1).tolist() == [2, 1, 1]
+    assert words.table[ids[0, :2]].tolist() == [VECTORS['dog'], VECTORS['barks']]
+    assert torch.equal(words.table[ids[1, 0]], torch.tensor(list(VECTORS.values())).mean(0))
+    assert not words.table[0].any()
+
+@pytest.mark.parametrize('content, says', [
+    (None, 'no such file'), (b'', 'empty'), (b'\x1f\x8b\x08\x00', 'gunzip'), (b'word\n', 'begins with neither'),
+    (b'3 3\n', 'damaged|no word vectors'), (binary(VECTORS)[:-2], 'damaged'), (b'dog 1 0 2\nbarks 0 1\n', "'barks' is not 3 numbers"),
+    (b'dog 1 0 2\nbarks 0 x 1\n', "'barks' is not 3 numbers"), (b'dog 1 0 2\nbarks 0 nan 1\n', "'barks' is not 3 numbers"),
+    (b'katze 1 0 2\n', 'knows no word')])
+def test_bad_word_files(tmp_path, content, says):
+    path = tmp_path/'words.txt'
+    if content is not None: path.write_bytes(content)
+    with pytest.raises(CmlfError, match=says) as e: b.load_words(path, ['dog barks'])
+    assert str(path) in str(e.value) and '\n' not in str(e.value)
+
+def write_features(folder, form, arrays):
+    if form == 'npy':
+        folder = folder/'features'; folder.mkdir()
+        for key, x in arrays.items(): np.save(folder/f'{key}.npy', x)
+        return folder
+    path = folder/f'features.{form}'
+    if form == 'npz': np.savez(path, **arrays)
+    else:
+        with h5py.File(path, 'w') as f:
+            for key, x in arrays.items(): f[key] = x
+    return path
+
+FORMS = 'npy', 'npz', 'h5', 'hdf5'
+
+@pytest.mark.parametrize('form', FORMS)
+def test_every_form_of_feature_file(tmp_path, form):
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    arrays = {'Y-a_1': x, 'b': x[:2], 'nan': np.full((2, 4), np.nan), 'lone': np.nan, 'empty': np.zeros((0, 4))}
+    X, there = b.load_expert(write_features(tmp_path, form, arrays), [*arrays, 'absent'], 3, 4)
+    assert X.dtype == np.float32 and there.tolist() == [True, True, False, False, False, False]
+    np.testing.assert_array_equal(X[0], x[:3])
+    np.testing.assert_array_equal(X[1], [*x[:2], np.zeros(4)])
+    assert not X[2:].any()
+
+@pytest.mark.parametrize('form', FORMS)
+def test_a_wrong_width_names_file_and_clip(tmp_path, form):
+    path = write_features(tmp_path, form, {'a': np.ones((2, 4)), 'b': np.ones((2, 5))})
+    with pytest.raises(CmlfError, match=r"clip 'b' have shape \(2, 5\), expected \(n, 4\)") as e:
+        b.load_expert(path, ['a', 'b'], 3, 4)
+    assert str(path) in str(e.value)
+
+@pytest.mark.parametrize('name, content', [('x.npz', b'junk'), ('x.h5', b'junk'), ('x.pickle', b'junk'), ('absent.h5', None)])
+def test_bad_feature_files(tmp_path, name, content):
+    if content: (tmp_path/name).write_bytes(content)
+    with pytest.raises(CmlfError, match=name): b.load_expert(tmp_path/name, ['a'], 3, 4)
+
+def test_a_damaged_npy_and_foreign_clips(tmp_path):
+    (tmp_path/'a.npy').write_bytes(b'junk')
+    with pytest.raises(CmlfError, match="clip 'a' is not readable"): b.load_expert(tmp_path, ['a'], 3, 4)
+    with pytest.raises(CmlfError, match='none of the 2 clips'): b.load_expert(tmp_path, ['x', 'y'], 3, 4)
+
+def model(**settings):
+    torch.manual_seed(0)
+    s = b.CESettings(**{**dict(shared_dim=8, clusters=3, text_clusters=2), **settings})
+    return b.CE(dict(audio=4, vggsound=6), 5, s)
+
+VARIANTS = [dict(), dict(sequential=False), dict(use_ce=False), dict(use_ce=False, mimic_ce_dims=True), dict(mask_padding=True)]
+
+@pytest.mark.parametrize('settings', VARIANTS)
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('filling', [float('nan'), 1e6, -1.])
+def test_a_missing_expert_never_contributes(settings, training, filling):
+    net, X = model(**settings).train(training), torch.randn(6, 7, 5)
+    audio, sound, there = torch.randn(6, 3, 4), torch.randn(6, 9, 6), torch.tensor([1, 0, 1, 1, 0, 1]).bool()
+    def run(audio): return net(X, dict(audio=(audio, there), vggsound=(sound, torch.ones(6).bool())), X.any(-1))
+    other = audio.clone(); other[~there] = filling
+    assert torch.equal(run(audio), run(other)) and run(other).abs().max() <= 1 + 1e-6
+    run(other).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+@pytest.mark.parametrize('settings', VARIANTS)
+def test_a_clip_scores_by_what_is_left(settings):
+    net = model(**settings).eval()
+    X, e = torch.randn(3, 7, 5), dict(audio=(torch.randn(2, 3, 4), torch.tensor([True, False])),
+                                      vggsound=(torch.randn(2, 9, 6), torch.ones(2).bool()))
+    t, w = net.embed_text(X)
+    vectors, a = net.embed_audio(e)
+    torch.testing.assert_close(net(X, e)[:, 1], t[1] @ vectors[1][1])
+    assert a.tolist() == [[1, 1], [0, 1]]
+
+def test_masking_makes_padding_silent_and_the_default_does_not():
+    X = torch.randn(4, 5, 5)
+    wide, real = torch.nn.functional.pad(X, (0, 0, 0, 9)), torch.arange(14).expand(4, 14) < 5
+    for settings, same in ((dict(mask_padding=True), True), (dict(), False)):
+        net = model(**settings).eval()
+        t, w = net.embed_text(X, real[:, :5])
+        t2, w2 = net.embed_text(wide, real)
+        assert torch.allclose(w, w2, atol=1e-6) == same and torch.allclose(t[0], t2[0], atol=1e-6) == same
+
+class Clips(types.SimpleNamespace):
+    def __len__(self): return self.n
+
+def world(n=12, **change):
+    draw = np.random.default_rng(0)
+    corpus = Clips(captions=['dog barks'] * 2 * n, owner=np.repeat(np.arange(n), 2), n=n)
+    experts = lambda: dict(audio=(draw.normal(size=(n, 3, 4)).astype('f'), np.ones(n, bool)),
+                           vggsound=(draw.normal(size=(n, 5, 6)).astype('f'), np.ones(n, bool)))
+    return corpus, {s: experts() for s in ('train', 'val', 'test')}
+
+WORDS = b.Words(np.random.default_rng(0).normal(size=(2, 5)), lambda c: [('dog', 'barks').index(w) for w in c.split()])
+TINY = b.CESettings(shared_dim=8, clusters=2, text_clusters=2, max_words=3, epochs=2, batch_size=11)
+
+def train(corpus, experts, settings=TINY, **kw):
+    return b.train_ce(corpus, corpus, corpus, experts, WORDS, settings, log=lambda line: None, **kw)
+
+@pytest.mark.parametrize('select', ['t2a', 'both'])
+def test_training_repeats_itself_and_a_lone_last_clip_is_left_out(select):
+    settings = b.CESettings(**{**vars(TINY), 'select': select})  # 12 clips in batches of 11
+    runs = [train(*world(), settings, seed=s) for s in (0, 0, 1)]
+    assert runs[0].history == runs[1].history != runs[2].history
+    assert runs[0].sim.shape == (24, 12) and np.isfinite(runs[0].sim).all()
+    assert 1 <= runs[0].best_epoch <= 2 and set(runs[0].test.t2a) == {'R@1', 'R@5', 'R@10'}
+
+def spoil(what):
+    corpus, e = world()
+    x, a = e['val']['audio']
+    if what == 'shape': e['val']['audio'] = (x[:5], a)
+    if what == 'nan': x[3] = np.nan
+    if what == 'nobody': a[4] = e['val']['vggsound'][1][4] = False
+    if what == 'width': e['val']['audio'] = (x[..., :2], a)
+    if what == 'split': del e['test']
+    if what == 'caption': corpus.owner = np.where(corpus.owner == 5, 6, corpus.owner)
+    return corpus, e
+
+@pytest.mark.parametrize('what, says', [('shape', r'val: expert audio: features \(5, 3, 4\)'), ('nan', 'val: expert audio has NaN for clip 3'),
+                                        ('nobody', 'val: no expert hears clip 4'), ('width', "val: experts {'audio': 2"),
+                                        ('split', "unknown split of the experts 'test'"), ('caption', 'train: clip 5 has no caption')])
+def test_what_cannot_be_trained_on_is_named(what, says):
+    with pytest.raises(CmlfError, match=says): train(*spoil(what))
+
+def test_a_broken_checkpoint_is_named(tmp_path):
+    (tmp_path/'run.pt').write_bytes(b'junk')
+    with pytest.raises(CmlfError, match='run.pt: not readable'): train(*world(), checkpoint=tmp_path/'run.pt')
+    train(*world(), checkpoint=tmp_path/'good.pt')
+    with pytest.raises(CmlfError, match='another run'): train(*world(), checkpoint=tmp_path/'good.pt', seed=1)
