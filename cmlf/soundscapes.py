@@ -409,7 +409,7 @@ _kinds('animals', '''
     owl vdpr: hooting of an owl; hoots of an owl at night; sound of an owl hooting
     an owl hoots/hooting; an owl calls/calling at night; an owl hoots/hooting from a tree''')
 
-# %% ../nbs/03_soundscapes.ipynb #ac9915ef
+# %% ../nbs/03_soundscapes.ipynb #2a739914
 _kinds('weather and water', '''
     rain vdL: sound of rain; patter of rainfall; falling of rain
     rain falls/falling; rain patters/pattering on the ground; rainwater falls/falling in drops
@@ -419,7 +419,7 @@ _kinds('weather and water', '''
     a fire crackles/crackling; burning wood crackles/crackling; a campfire pops/popping
     water_drops vpr: dripping of water; sound of water drops; drip of a leaky tap
     water drips/dripping; a tap drips/dripping; drops of water fall/falling into a basin
-    wind vdpL: blowing of the wind; howling of the wind; sound of a strong breeze
+    wind vpL: blowing of the wind; howling of the wind; sound of a strong breeze
     wind blows/blowing; the wind howls/howling; a strong breeze blows/blowing past
     pouring_water v: pouring of water; sound of water being poured; splash of poured water
     water pours/pouring into a glass; someone pours/pouring water; a drink pours/pouring into a cup
@@ -806,7 +806,7 @@ def _sensible(scene):
     plain = not back.attribute and front.attribute not in ('faint', 'distant')
     return EVENTS[back.kind].lasting and plain
 
-# %% ../nbs/03_soundscapes.ipynb #f5c21f2c
+# %% ../nbs/03_soundscapes.ipynb #fb47bbb2
 def _cast(r, library, split, events):
     "The events, each with a source of the split."
     return tuple(Event(e.kind, e.attribute, _pick(r, library.sources[split][e.kind])) for e in events)
@@ -821,7 +821,7 @@ def draw_scenes(library:Library, # what can sound
     r, scenes, seen, missed = rng(seed, 'scenes', library.name, split, stream), [], set(), 0
     while len(scenes) < n:
         vary = scenes and r.integers(2)
-        scene = _vary(r, library, _pick(r, scenes)) if vary else _draw(r, library)
+        scene = _vary(r, library, _pick(r, scenes[-6:])) if vary else _draw(r, library)
         spare = split == 'train' and len(scenes) + 1 - len(seen) <= .02*(len(scenes) + 1)
         if _sensible(scene) and (spare or scene.meaning not in seen):
             seen.add(scene.meaning); missed = 0
