@@ -172,18 +172,19 @@ def _check_profile(p):
     for key in ('dropout', 'block_dropout'):
         if not 0 <= getattr(p, key) < 1: raise CmlfError(f'setting {key}={getattr(p, key)} should be in [0, 1)')
 
-# %% ../nbs/00_core.ipynb #9f98a46f
+# %% ../nbs/00_core.ipynb #50cc014a
 _small = Profile(name='mini', corpus='synthesised', seconds=4.0, hop=640, text_model='minilm', text_pool='mean',
-                 dropout=0.1, block_dropout=0.1, schedule='cosine', lr=1e-3, text_lr=1e-4, head_hidden=512, joint_dim=256)
+                 train_word_table=False, dropout=0.1, block_dropout=0.1, schedule='cosine', lr=5e-4, text_lr=5e-5,
+                 head_hidden=512, joint_dim=256, ce_epochs=12, ce_batch_size=32)
 
 PROFILES = {p.name: p for p in [
-    _small.replace(name='smoke', n_train=64, n_val=16, n_test=24, width=4, head_hidden=32, joint_dim=32, text_model='tiny',
-                   seconds=2.0, epochs=3, stage_split=(1, 1, 1), batch_size=8, pretrain_epochs=1, pretrain_scenes=64,
-                   expert_width=4, expert_epochs=1, ce_epochs=2, ce_batch_size=16),
-    _small.replace(name='mini', n_train=1000, n_val=200, n_test=250, width=8, epochs=13, stage_split=(6, 3, 4),
-                   pretrain_epochs=8, pretrain_scenes=1000),
-    _small.replace(name='field', corpus='recordings', n_train=2000, n_val=250, n_test=500, subset=250, seconds=6.0, width=16,
-                   epochs=18, stage_split=(8, 4, 6), pretrain_epochs=10, pretrain_scenes=2000),
+    _small.replace(name='smoke', n_train=64, n_val=16, n_test=24, seconds=2.0, width=4, head_hidden=32, joint_dim=32,
+                   text_model='tiny', epochs=3, stage_split=(1, 1, 1), batch_size=8, pretrain_epochs=1,
+                   pretrain_scenes=64, expert_width=4, expert_epochs=1, ce_epochs=2, ce_batch_size=16),
+    _small.replace(name='mini', n_train=800, n_val=200, n_test=250, width=8, epochs=8, stage_split=(3, 2, 3),
+                   pretrain_epochs=6, pretrain_scenes=800),
+    _small.replace(name='field', corpus='recordings', n_train=1500, n_val=250, n_test=500, subset=250, seconds=6.0,
+                   hop=960, width=16, epochs=8, stage_split=(3, 1, 4), pretrain_epochs=6, pretrain_scenes=1500),
     Profile(name='audiocaps')]}
 
 # %% ../nbs/00_core.ipynb #821a6add
