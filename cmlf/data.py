@@ -76,7 +76,7 @@ def _check_clips(name, clips):
         if c.id in seen: raise CmlfError(f'{name}: two clips are called {c.id!r}; rename one')
         seen.add(c.id)
 
-# %% ../nbs/02_data.ipynb #16202452
+# %% ../nbs/02_data.ipynb #0961ffa0
 @patch
 def waveform(self:Corpus, i:int) -> np.ndarray:
     "Waveform (samples,) of clip `i`, float32 at 32 kHz."
@@ -94,23 +94,25 @@ def split(self:Corpus, name:str) -> Corpus:
     one_of(name, SPLITS, 'split')
     clips = [c for c in self.clips if c.split == name]
     if not clips: raise CmlfError(f'{self.name} has no {name} clips; its tables need some')
-    return _part(self, clips, None if self.ledger is None else self.ledger[self.ledger.split == name])
+    ledger = None if self.ledger is None else self.ledger[self.ledger.split == name]
+    return _part(self, clips, ledger)
 
-# %% ../nbs/02_data.ipynb #eacaa92e
+# %% ../nbs/02_data.ipynb #55589730
 @patch
 def only(self:Corpus, ids) -> Corpus:
-    "The clips with these ids, in the corpus's order; the ledger stays, so coverage says what is left."
+    "The clips with these ids, in the corpus's order; the ledger stays, for coverage."
     ids = set(ids)
     lost = sorted(ids - {c.id for c in self.clips})
     if lost: raise CmlfError(f'{self.name} has no clip {lost[0]!r}; choose among its ids')
     return _part(self, [c for c in self.clips if c.id in ids], self.ledger)
 
-# %% ../nbs/02_data.ipynb #3ea0f6f8
+# %% ../nbs/02_data.ipynb #fa68f912
 @patch
 def groups(self:Corpus, by:str='meaning') -> np.ndarray: # 'meaning' or 'caption'
-    "Labels (N,) int64, equal where two clips say the same; without a meaning, the first caption counts."
+    "Labels (N,) int64, equal where two clips say the same; no meaning: the first caption."
     one_of(by, ('meaning', 'caption'), 'grouping')
-    says = [c.meaning if by == 'meaning' and c.meaning else f'"{c.captions[0]}"' for c in self.clips]
+    named = lambda c: c.meaning if by == 'meaning' else ''
+    says = [named(c) or f'"{c.captions[0]}"' for c in self.clips]
     return np.unique(says, return_inverse=True)[1].astype(np.int64)
 
 @patch(as_prop=True)
@@ -121,15 +123,15 @@ def tag_matrix(self:Corpus) -> np.ndarray:
     for i, c in enumerate(self.clips): m[i, [column[t] for t in c.tags]] = 1
     return m
 
-# %% ../nbs/02_data.ipynb #a23cafd2
+# %% ../nbs/02_data.ipynb #58a10009
 @patch
 def pairs(self:Corpus, rng=None) -> tuple: # numpy Generator
-    "(clip, caption) int64 indices: all T pairs, or with `rng` one caption drawn for each of N clips."
+    "(clip, caption) int64 indices: all T pairs, or with `rng` one drawn for each of N clips."
     if rng is None: return self.owner, np.arange(len(self.captions))
     counts = np.bincount(self.owner, minlength=len(self))
     return np.arange(len(self)), np.cumsum(counts) - counts + rng.integers(0, counts)
 
-# %% ../nbs/02_data.ipynb #edd9acb0
+# %% ../nbs/02_data.ipynb #5d1a429c
 def _sound_key(source:str) -> str:
     "A recipe is its own key; a file's is its path, size and time of writing."
     path = Path(source)
@@ -139,7 +141,7 @@ def _sound_key(source:str) -> str:
 
 @patch(as_prop=True)
 def keys(self:Corpus) -> list:
-    "Key of each clip's sound: sha256 where the ledger has it, else recipe, else path, size and time."
+    "Key of each clip's sound: sha256 where the ledger has it, else recipe or path, size, time."
     if not hasattr(self, '_keys'):
         sha = {} if self.ledger is None else dict(zip(self.ledger.id, self.ledger.sha256))
         self._keys = [sha.get(c.id) or _sound_key(c.source) for c in self.clips]
@@ -168,7 +170,7 @@ def _csv_rows(path):
 def _header(path) -> list:
     return [c.strip() for c in next(_csv_rows(path), (0, ()))[1]]
 
-# %% ../nbs/02_data.ipynb #ca295419
+# %% ../nbs/02_data.ipynb #18787900
 def _csv_table(path):
     "('FILE row N', {column: field}) of every row."
     columns, rows = _header(path), _csv_rows(path)
@@ -177,8 +179,8 @@ def _csv_table(path):
     next(rows)
     for n, fields in rows:
         if len(fields) != len(columns):
-            raise CmlfError(f'{path} row {n}: {len(fields)} fields where the header has {len(columns)}; '
-                            'the file is half-written or a comma is not quoted')
+            raise CmlfError(f'{path} row {n}: {len(fields)} fields where the header has '
+                            f'{len(columns)}; the file is half-written or a comma is not quoted')
         yield f'{path} row {n}', dict(zip(columns, fields))
 
 def _parquet_table(path):
@@ -186,7 +188,8 @@ def _parquet_table(path):
     try: rows = pd.read_parquet(path).to_dict('records')
     except ImportError:
         raise CmlfError(f"{path}: parquet needs pyarrow; pip install 'cmlf[data]'") from None
-    except (OSError, ValueError) as e: raise CmlfError(f'{path}: not parquet ({e}); write it again') from None
+    except (OSError, ValueError) as e:
+        raise CmlfError(f'{path}: not parquet ({e}); write it again') from None
     return [(f'{path} row {n}', row) for n, row in enumerate(rows, 1)]
 
 # %% ../nbs/02_data.ipynb #ef944b98
@@ -201,7 +204,7 @@ def read_table(path, # csv (UTF-8, with or without BOM, any line ending) or parq
     if lost: raise CmlfError(f'{path} row 1: no column {lost[0]!r}; it has {", ".join(has)}')
     return table
 
-# %% ../nbs/02_data.ipynb #ec097331
+# %% ../nbs/02_data.ipynb #d243647b
 @dataclass
 class Entry:
     "A clip as a table tells of it, before its sound is looked for."
@@ -217,13 +220,13 @@ class Entry:
 def _add(entry, new):
     "A further caption of a clip; what its rows say of the clip must agree."
     for key in ('split', 'id', 'start', 'more'):
-        a, b, name = getattr(entry, key), getattr(new, key), new.path or new.id
-        if a == b: continue
-        raise CmlfError(f'{new.where}: {key} of {name} is {b!r} here, {a!r} in {entry.where}; make them one')
+        a, b = getattr(entry, key), getattr(new, key)
+        if a != b: raise CmlfError(f'{new.where}: {key} of {new.path or new.id} is {b!r} here, '
+                                   f'{a!r} in {entry.where}; make them one')
     entry.raw += new.raw
     entry.names += new.names[1:]
 
-# %% ../nbs/02_data.ipynb #ece65166
+# %% ../nbs/02_data.ipynb #bba634ee
 def _filled(value, where, column) -> str:
     "`value` if it is text and not blank."
     if not isinstance(value, str): raise CmlfError(f'{where}: {column} is {value!r}, not text')
@@ -239,8 +242,8 @@ def _caption(value, where, column='caption') -> str:
 
 def _once(seen, key, where, what):
     "Remember where `key` was; a second one is refused."
-    if key in seen: raise CmlfError(f'{where}: {what} was already in {seen[key]}; remove one of them')
-    seen[key] = where
+    before = seen.setdefault(key, where)
+    if before is not where: raise CmlfError(f'{where}: {what} was already in {before}; remove one')
 
 # %% ../nbs/02_data.ipynb #ed82572a
 _EXTENSIONS = '.wav .flac .ogg .opus .mp3 .aiff .aif .m4a .webm .mp4 .aac'.split()  # best first
@@ -279,13 +282,13 @@ def _named_entries(tables:dict) -> list:
         entries.append(Entry(id, split, _captions(row, where), where, names))
     return entries
 
-# %% ../nbs/02_data.ipynb #040f0631
+# %% ../nbs/02_data.ipynb #4db0cf3f
 def _official_entry(row, where, split) -> Entry:
     "One row of AudioCaps' official csv as an entry of its own."
     id, start, caption_id = (row[c].strip() for c in ('youtube_id', 'start_time', 'audiocap_id'))
     if not re.fullmatch(_ID, id):
-        raise CmlfError(f'{where}: youtube_id {id!r} is none; did a spreadsheet change it? Download it again')
-    if not start.isdigit(): raise CmlfError(f'{where}: start_time {start!r} is no number of seconds')
+        raise CmlfError(f'{where}: youtube_id {id!r} is none; download the file again')
+    if not start.isdigit(): raise CmlfError(f'{where}: start_time {start!r} is not in seconds')
     return Entry(id, split, [_caption(row['caption'], where)], where, (id, caption_id), start)
 
 def _official_entries(tables:dict) -> list:
@@ -308,31 +311,33 @@ def hash_split(name:str) -> str:
     share = int(content_hash(name, length=8), 16) / 16**8
     return 'train' if share < .8 else 'val' if share < .9 else 'test'
 
-# %% ../nbs/02_data.ipynb #32c2a4d7
+# %% ../nbs/02_data.ipynb #05e2b20b
 def _manifest_entry(row, where) -> Entry:
     "One row of a manifest as an entry of its own."
     path = _filled(row['path'], where, 'path').strip().replace('\\', '/')
     split = _ALIASES.get(str(row['split']).strip().lower()) if 'split' in row else hash_split(path)
-    if split is None: raise CmlfError(f'{where}: split {row["split"]!r} should be train, val or test')
+    if not split: raise CmlfError(f'{where}: split {row["split"]!r} should be train, val or test')
     extra = [k for k in ('id', 'meaning', 'tags', 'credit') if not _is_blank(row.get(k))]
     told = {k: str(row[k]).strip() for k in extra}
     if 'tags' in told: told['tags'] = tuple(filter(None, map(str.strip, told['tags'].split(';'))))
     id = told.pop('id', path)
     return Entry(id, split, _captions(row, where, spare=True), where, path=path, more=told)
 
+# %% ../nbs/02_data.ipynb #ce3442e3
 def _manifest_entries(tables:dict) -> list:
     "Entries of a manifest: a clip has one row, or several with one caption each."
     clips, seen = {}, {}
     for where, row in read_table(tables['all'], ['path']):
         new, caption = _manifest_entry(row, where), row.get('caption')
-        _once(seen, (new.path, caption), where, new.path + (' with this caption' if caption else ''))
+        what = new.path + (' with this caption' if caption else '')
+        _once(seen, (new.path, caption), where, what)
         if new.path in clips: _add(clips[new.path], new)
         else:
             _once(seen, new.id, where, f'id {new.id!r}')
             clips[new.path] = new
     return list(clips.values())
 
-# %% ../nbs/02_data.ipynb #66083ffd
+# %% ../nbs/02_data.ipynb #5e65989d
 @dataclass(frozen=True)
 class Layout:
     "One way in which a corpus lies on a disk."
@@ -343,20 +348,21 @@ class Layout:
     table:str         # what a table is called; {} is the split
     column:str        # a column that this layout's tables have
     splits:dict       # {split: its name in file names}
-    shortest:float=0  # share of `seconds` below which a clip is of the wrong length; 0: any is right
+    shortest:float=0  # share of `seconds` below which a length is wrong; 0: none is
     folders:dict=field(default_factory=lambda: _ALIASES)  # {word in a folder's name: split}
 
 _SAME = {s: s for s in SPLITS}
 _CLOTHO = dict(train='development', val='validation', test='evaluation')
-_CLOTHO_FOLDERS = {w: s for s, w in _CLOTHO.items()} | dict(test='', analysis='')  # no captions there
+_CLOTHO_FOLDERS = {w: s for s, w in _CLOTHO.items()} | dict(test='', analysis='')  # uncaptioned
 
-# %% ../nbs/02_data.ipynb #5ba52fec
+# %% ../nbs/02_data.ipynb #f316fb11
 LAYOUTS = {l.name: l for l in [
     Layout('csv_files', 'csv_files/{train,val,test}.csv with file_name, beside waveforms/',
            _named_entries, ('.', 'csv_files'), '{}.csv', 'file_name', _SAME, .5),
     Layout('audiocaps', '{train,val,test}.csv with youtube_id, or AUDIOCAPS/ of aac-datasets',
-           _official_entries, ('.', 'dataset', 'csv_files', 'AUDIOCAPS'), '{}.csv', 'youtube_id', _SAME, .9),
-    Layout('clotho', 'clotho_captions_{development,validation,evaluation}.csv, or CLOTHO_v2.1/ of aac-datasets',
+           _official_entries, ('.', 'dataset', 'csv_files', 'AUDIOCAPS'), '{}.csv', 'youtube_id',
+           _SAME, .9),
+    Layout('clotho', 'clotho_captions_development.csv ..., or CLOTHO_v2.1/ of aac-datasets',
            _named_entries, ('.', 'clotho_csv_files', 'CLOTHO_v*/clotho_csv_files'),
            'clotho_captions_{}.csv', 'file_name', _CLOTHO, .5, _CLOTHO_FOLDERS),
     Layout('manifest', 'a csv or parquet with path and caption, or manifest.csv',
@@ -383,7 +389,7 @@ def _find(layout, path) -> list:
         if tables: hits.append((tables, _sound_folder(folder)))
     return hits
 
-# %% ../nbs/02_data.ipynb #0bc1a6cd
+# %% ../nbs/02_data.ipynb #86ec9b5c
 def recognise(path, # folder or file
               layout=None, # a name from `LAYOUTS`; None: find out
              ) -> tuple:
@@ -393,19 +399,19 @@ def recognise(path, # folder or file
     known = LAYOUTS.values() if layout is None else [LAYOUTS[one_of(layout, LAYOUTS, 'layout')]]
     hits = [(l, *hit) for l in known for hit in _find(l, path)]
     if len(hits) == 1: return hits[0]
-    if not hits:
-        raise CmlfError(f'{path}: no corpus found; looked for ' + '; or '.join(l.looks_for for l in known))
+    sought = '; or '.join(l.looks_for for l in known)
+    if not hits: raise CmlfError(f'{path}: no corpus found; looked for {sought}')
     places = ' and '.join(f'{l.name} in {next(iter(t.values())).parent}' for l, t, _ in hits)
     raise CmlfError(f'{path}: holds {places}; give the folder of one, or layout=')
 
-# %% ../nbs/02_data.ipynb #ceee4591
+# %% ../nbs/02_data.ipynb #a0c3979c
 _VIDEO = re.compile(f'Y?{_ID}(?:_([0-9]+(?:[.][0-9]*)?))(?:_[0-9.]+)?')  # id, start and perhaps end
 
 def _is_sound(name:str) -> bool:
     return os.path.splitext(name)[1].lower() in _EXTENSIONS and not name.startswith('.')
 
 def _index_sound(folder) -> dict:
-    "{name without extension, or YouTube id: [files]} of all below `folder`; links are followed once."
+    "{name without extension, or YouTube id: [files]} of all below; links are followed once."
     index, seen = defaultdict(list), set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
@@ -417,7 +423,7 @@ def _index_sound(folder) -> dict:
         seen.add(real)
     return index
 
-# %% ../nbs/02_data.ipynb #1cce0a23
+# %% ../nbs/02_data.ipynb #d0960bd3
 def _folder_split(file, top, folders):
     "The split that a file's folder speaks for; None if it speaks for none."
     for part in reversed(file.relative_to(top).parts[:-1]):
@@ -430,16 +436,19 @@ def _starts_right(file, entry) -> bool:
     if not entry.start or not video: return True
     return float(video[2]) in (float(entry.start), 1000 * float(entry.start))
 
+def _best_first(file): return _EXTENSIONS.index(file.suffix.lower()), str(file)
+
 def _locate(entry, index, top, folders):
     "(file or None, remark) for an entry."
-    fits = lambda f: _starts_right(f, entry) and _folder_split(f, top, folders) in (None, entry.split)
     named = next((index[n] for n in entry.names if n in index), [])
     if not named: return None, 'no file of that name'
-    right = sorted(filter(fits, named), key=lambda f: (_EXTENSIONS.index(f.suffix.lower()), str(f)))
-    if not right: return None, f'only found as {named[0].relative_to(top)}'
-    return right[0], f'{len(right)} files, took {right[0].relative_to(top)}' if len(right) > 1 else ''
+    right = [f for f in named if _folder_split(f, top, folders) in (None, entry.split)]
+    right = sorted((f for f in right if _starts_right(f, entry)), key=_best_first)
+    best = (right or named)[0].relative_to(top)
+    if not right: return None, f'only found as {best}'
+    return right[0], f'{len(right)} files, took {best}' if len(right) > 1 else ''
 
-# %% ../nbs/02_data.ipynb #fb6f13d0
+# %% ../nbs/02_data.ipynb #05721c86
 def _look(path) -> dict:
     "Length, rate and sha256 of a sound file; `error` says why it is unreadable."
     seen = dict(seconds=0.0, rate=0, sha256='', error='')
@@ -449,7 +458,7 @@ def _look(path) -> dict:
             seen |= dict(seconds=f.frames / f.samplerate, rate=f.samplerate)
             if f.frames: f.seek(f.frames - 1)
             if f.frames and not len(f.read(1)): seen['error'] = 'cut off'
-    except sf.SoundFileError: seen['error'] = 'cut off' if seen['seconds'] else 'not a sound that can be read'
+    except sf.SoundFileError: seen['error'] = 'cut off' if seen['seconds'] else 'no known format'
     except OSError as e: seen['error'] = e.strerror or 'not readable'
     return seen
 
@@ -471,11 +480,11 @@ def _remembered(file) -> dict:
         known[path, size, time] = look
     return known
 
-# %% ../nbs/02_data.ipynb #676b9dbd
+# %% ../nbs/02_data.ipynb #e9d68554
 def look_at(paths, # sound files
             file, # remembers looks, a JSON line for each; new ones are added
            ) -> list:
-    "[dict(bytes, seconds, rate, sha256, error)] of each file; only new and changed ones are opened."
+    "[dict(bytes, seconds, rate, sha256, error)] of each file; only new and changed are opened."
     keys = [(str(p), s.st_size, s.st_mtime_ns) for p in paths for s in [os.stat(p)]]
     known = _remembered(file)
     new = [k for k in dict.fromkeys(keys) if k not in known]
@@ -488,14 +497,14 @@ def look_at(paths, # sound files
             bar.step()
     return [dict(bytes=key[1], **known[key]) for key in keys]
 
-# %% ../nbs/02_data.ipynb #8d8fbd81
+# %% ../nbs/02_data.ipynb #5be46708
 def _verdict(look, seconds, shortest):
     "(status, reason, used) of a file that is there."
     length = look['seconds']
     if look['error']: return 'unreadable', look['error'], False
-    if length < N_FFT / SAMPLE_RATE: return 'wrong length', f'{length:.3f} s, less than a window', False
-    fate = 'padded' if length < seconds else 'cut'
-    reason = '' if abs(length - seconds) <= .05 * seconds else f'{length:.2f} s, {fate} to {seconds:g} s'
+    if length < N_FFT / SAMPLE_RATE: return 'wrong length', f'{length:.3f} s, below a window', False
+    near, fate = abs(length - seconds) <= .05 * seconds, 'padded' if length < seconds else 'cut'
+    reason = '' if near else f'{length:.2f} s, {fate} to {seconds:g} s'
     wrong = shortest and not shortest * seconds <= length <= 1.1 * seconds
     return 'wrong length' if wrong else 'present', reason, True
 
@@ -503,13 +512,13 @@ def _join(*remarks): return '; '.join(filter(None, remarks))
 
 def _note_twins(ledger):
     "Add a remark to sounds that lie in two splits, byte for byte."
-    used = ledger[ledger.used]
-    for _, twins in used[used.duplicated('sha256', keep=False)].groupby('sha256'):
-        for i, row in twins.iterrows() if twins.split.nunique() > 1 else ():
-            other = twins[twins.split != row.split].iloc[0]
-            ledger.loc[i, 'reason'] = _join(row.reason, f'same bytes as {other.id} in {other.split}')
+    used, first = ledger[ledger.used], defaultdict(dict)
+    for row in used.itertuples(): first[row.sha256].setdefault(row.split, row.id)
+    for row in used.itertuples():
+        others = [f'same bytes as {id} in {s}' for s, id in first[row.sha256].items() if s != row.split]
+        if others: ledger.loc[row.Index, 'reason'] = _join(row.reason, others[0])
 
-# %% ../nbs/02_data.ipynb #b0abf58d
+# %% ../nbs/02_data.ipynb #e121bc62
 _NO_FILE = dict(bytes=0, seconds=0.0, rate=0, sha256='')
 
 def make_ledger(entries, # what the tables tell
@@ -518,25 +527,25 @@ def make_ledger(entries, # what the tables tell
                 shortest:float, # share of `seconds` below which a length is wrong; 0: none is
                 file, # remembers looks at files
                ) -> pd.DataFrame:
-    "One row per clip that should be there: split, id, status, reason, used, path, what was seen, row."
+    "One row per clip that should be there: split, id, status, reason, used, path, its look, row."
     looks, rows = iter(look_at([f for f, _ in located if f], file)), []
     for e, (path, remark) in zip(entries, located):
         look = next(looks) if path else _NO_FILE
-        status, reason, used = _verdict(look, seconds, shortest) if path else ('missing', '', False)
-        rows.append(dict(split=e.split, id=e.id, status=status, reason=_join(reason, remark), used=used,
-                         path=str(path or ''), **{k: look[k] for k in _NO_FILE}, row=e.where))
+        status, why, used = _verdict(look, seconds, shortest) if path else ('missing', '', False)
+        row = dict(split=e.split, id=e.id, status=status, reason=_join(why, remark), used=used)
+        rows.append(row | dict(path=str(path or ''), **{k: look[k] for k in _NO_FILE}, row=e.where))
     ledger = pd.DataFrame(rows)
     _note_twins(ledger)
     return ledger
 
-# %% ../nbs/02_data.ipynb #2f83b72f
+# %% ../nbs/02_data.ipynb #986be829
 def _locate_all(entries, top, folders) -> list:
     "(file or None, remark) of every entry; one file for two clips is refused."
     if entries[0].path:
         files = [Path(os.path.normpath(top/e.path)) for e in entries]
         found = [(f, '') if f.is_file() else (None, 'no such file') for f in files]
     elif index := _index_sound(top): found = [_locate(e, index, top, folders) for e in entries]
-    else: raise CmlfError(f'{top}: no sound files; give their folder with audio=, or audio=False for none')
+    else: raise CmlfError(f'{top}: no sound files; give their folder with audio=, or audio=False')
     seen = {}
     for e, (file, _) in zip(entries, found):
         if file: _once(seen, file, e.where, f'{file} for clip {e.id!r}')
@@ -544,12 +553,13 @@ def _locate_all(entries, top, folders) -> list:
 
 def _summary(ledger) -> str:
     "What is there, and why the rest is not, in a line."
-    there = [f'{g.used.sum()} of {len(g)} {s} clips' for s, g in ledger.groupby('split', sort=False)]
+    per_split = ledger.groupby('split', sort=False).used
+    there = ', '.join(f'{u.sum()} of {len(u)} {s} clips' for s, u in per_split)
     why = [f'{n} {s}' for s, n in ledger.status[ledger.status != 'present'].value_counts().items()]
     twins = ledger.reason.str.contains('same bytes as').sum()
-    return _join(', '.join(there), *why, twins and f'{twins} with the bytes of a clip of another split')
+    return _join(there, *why, twins and f'{twins} with the bytes of a clip of another split')
 
-# %% ../nbs/02_data.ipynb #f103c671
+# %% ../nbs/02_data.ipynb #4107b9a8
 def _clip_of(entry, source) -> Clip:
     "The clip of an entry whose sound was found."
     cleaned = tuple(map(clean_caption, entry.raw))
@@ -558,10 +568,10 @@ def _clip_of(entry, source) -> Clip:
 def _read_file(clip, seconds): return load_audio(clip.source, seconds)
 
 def _read_nothing(clip):
-    raise CmlfError(f'clip {clip.id!r}: the corpus was loaded with captions only; load it with sound')
+    raise CmlfError(f'clip {clip.id!r}: the corpus has captions only; load it with its sound')
 
 def _corpus_name(layout, path, entries) -> str:
-    "'audiocaps' where every file is called by a YouTube id, else the layout's or the folder's name."
+    "'audiocaps' where each file is called by a YouTube id, else the layout's or folder's name."
     if layout.name in ('audiocaps', 'clotho'): return layout.name
     if all(e.names and re.fullmatch('Y' + _ID, e.names[0]) for e in entries): return 'audiocaps'
     return (path.parent if path.name in _TABLE_FOLDERS or path.is_file() else path).name.lower()
@@ -571,16 +581,16 @@ def _keep(ledger, file, top):
     with atomic_path(file) as tmp: ledger.to_csv(tmp, index=False)
     say(f'{_summary(ledger)}; ledger: {file}')
     if not ledger.used.any():
-        raise CmlfError(f'{top}: none of {len(ledger)} clips has usable sound, e.g. {ledger.id[0]}: '
-                        f'{ledger.reason[0]}; give the right folder with audio=')
+        raise CmlfError(f'{top}: none of {len(ledger)} clips has usable sound, e.g. '
+                        f'{ledger.id[0]}: {ledger.reason[0]}; give the right folder with audio=')
 
-# %% ../nbs/02_data.ipynb #be88259b
+# %% ../nbs/02_data.ipynb #423a71ca
 def load_corpus(path, # folder of a corpus, or a manifest
                 seconds:float, # every clip is padded or cut at the end to this length
                 layout=None, # a name from `LAYOUTS`; None: find out
                 audio=None, # folder of the sound; None: where the layout has it; False: captions only
                ) -> Corpus:
-    "The clips at `path` whose sound is usable, and a ledger of all; `CmlfError` names file and row."
+    "The clips at `path` whose sound is usable, a ledger of all; `CmlfError` names file and row."
     path = Path(path).expanduser().absolute()
     kind, tables, top = recognise(path, layout)
     entries = kind.entries(tables)
@@ -593,20 +603,21 @@ def load_corpus(path, # folder of a corpus, or a manifest
         return Corpus(name, clips, _read_nothing, seconds, about=about)
     top = top if audio is None else Path(audio).expanduser().absolute()
     if not top.is_dir(): raise CmlfError(f'{top}: no such folder of sound; give one with audio=')
-    shortest, located = .9 if name == 'audiocaps' else kind.shortest, _locate_all(entries, top, kind.folders)
+    shortest, located = kind.shortest, _locate_all(entries, top, kind.folders)
+    if name == 'audiocaps': shortest = LAYOUTS['audiocaps'].shortest
     ledger = make_ledger(entries, located, seconds, shortest, cache_folder()/'looks.jsonl')
     _keep(ledger, cache_folder()/f'{name}-{content_hash(str(path), str(top))}-ledger.csv', top)
     clips = [_clip_of(e, p) for e, p, used in zip(entries, ledger.path, ledger.used) if used]
     return Corpus(name, clips, partial(_read_file, seconds=seconds), seconds, ledger, about)
 
-# %% ../nbs/02_data.ipynb #5823519d
+# %% ../nbs/02_data.ipynb #803957a1
 @patch(as_prop=True)
 def coverage(self:Corpus) -> str:
     "'957 of 957 clips': how many of those that should be there are."
     return f'{len(self)} of {len(self) if self.ledger is None else len(self.ledger)} clips'
 
 def pool_hash(corpus) -> str:
-    "Hash of the clips that are ranked and their captions, whatever their order and place on a disk."
+    "Hash of the clips that are ranked and their captions, whatever their order and place."
     return content_hash(sorted([c.id, list(c.captions)] for c in corpus.clips))
 
 @patch(as_prop=True)
@@ -614,7 +625,7 @@ def pool(self:Corpus) -> dict:
     "What a score carries: `coverage` and the pool's `hash`."
     return dict(coverage=self.coverage, hash=pool_hash(self))
 
-# %% ../nbs/02_data.ipynb #b3dad76e
+# %% ../nbs/02_data.ipynb #7243fbea
 def _pool_of(score) -> dict:
     "The pool of a score, which is one or carries one."
     pool = score.get('pool', score) if isinstance(score, dict) else getattr(score, 'pool', None)
@@ -628,9 +639,9 @@ def same_pool(*scores # each a `Corpus.pool`, or a dict or object that has one a
     if not pools: raise CmlfError('no scores; give at least one')
     if len(pools) == 1: return next(iter(pools.values()))
     told = ' and '.join(f'{p["coverage"]} (pool {p["hash"]})' for p in pools.values())
-    raise CmlfError(f'scores on different pools share no table: {told}; score the clips they have in common')
+    raise CmlfError(f'scores on different pools share no table: {told}; score the clips they share')
 
-# %% ../nbs/02_data.ipynb #e9d1e0df
+# %% ../nbs/02_data.ipynb #0214cce3
 def _split_row(corpus, name) -> dict:
     "What there is to say about one split."
     clips = [c for c in corpus.clips if c.split == name]
@@ -639,7 +650,8 @@ def _split_row(corpus, name) -> dict:
     should = len(clips) if corpus.ledger is None else int((corpus.ledger.split == name).sum())
     return dict(split=name, clips=len(clips), missing=should - len(clips), captions=len(captions),
                 per_clip='-'.join(str(n) for n in sorted({min(per), max(per)})),
-                distinct=len(set(captions)), mean_words=round(np.mean(words), 1), most_words=max(words))
+                distinct=len(set(captions)), mean_words=round(np.mean(words), 1),
+                most_words=max(words))
 
 @patch
 def describe(self:Corpus) -> pd.DataFrame:
