@@ -248,7 +248,7 @@ def _door_wood_knock(r, seconds, rate, pitch):
     times = [a + k/(rate*6) for a in _beats(r, seconds, .8*rate) for k in range(3)]
     return _place(r, [thud], times, seconds)
 
-# %% ../nbs/03_soundscapes.ipynb #9bf5e23d
+# %% ../nbs/03_soundscapes.ipynb #855454da
 @_event
 def _hand_saw(r, seconds, rate, pitch):
     stroke = (rate*r.uniform(1.1, 1.3)*_t(seconds) + r.uniform(0, 1)) % 1
@@ -266,7 +266,7 @@ def _vacuum_cleaner(r, seconds, rate, pitch):
 def _drill(r, seconds, rate, pitch):
     n = _n(.8)
     spin = pitch*r.uniform(380, 440)*np.minimum(1, .3 + np.arange(n)/SAMPLE_RATE/.25)
-    whirr = _band(_saw(spin) + .5*_saw(2.02*spin), 700, 7000)*np.minimum(1, 5*_hump(n))
+    whirr = _band(_saw(spin) + .5*_saw(2.02*spin), 700*pitch, 5000*pitch)*np.minimum(1, 5*_hump(n))
     return _repeat(r, [whirr], seconds, r.uniform(.85, .95))
 
 # %% ../nbs/03_soundscapes.ipynb #2a286cdf
@@ -583,7 +583,7 @@ def _set_level(x, attribute, r):
     gain = 10**((_DB.get(attribute, _DB['']) + r.uniform(-1.5, 1.5))/20)
     return x*(gain/max(level(x), 1e-9))
 
-# %% ../nbs/03_soundscapes.ipynb #193be760
+# %% ../nbs/03_soundscapes.ipynb #b8076e4f
 TAKES = dict(train=120, val=40, test=40)
 
 @functools.lru_cache(None)
@@ -593,7 +593,7 @@ def synth_library() -> Library:
                for s, n in TAKES.items()}
     def play(kind, source, seconds, rate, pitch, r):
         return SYNTHESISED[kind](rng(0, 'take', source), seconds, rate, pitch)
-    return Library('synthesised soundscapes', sources, play, 'synthesised-2')
+    return Library('synthesised soundscapes', sources, play, 'synthesised-3')
 
 # %% ../nbs/03_soundscapes.ipynb #189eb167
 _CLASSES = {'dog bark': 'dog', 'baby cry': 'crying_baby', 'person sneeze': 'sneezing',
