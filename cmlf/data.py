@@ -170,7 +170,7 @@ def _csv_rows(path):
 def _header(path) -> list:
     return [c.strip() for c in next(_csv_rows(path), (0, ()))[1]]
 
-# %% ../nbs/02_data.ipynb #18787900
+# %% ../nbs/02_data.ipynb #d2530d33
 def _csv_table(path):
     "('FILE row N', {column: field}) of every row."
     columns, rows = _header(path), _csv_rows(path)
@@ -185,7 +185,7 @@ def _csv_table(path):
 
 def _parquet_table(path):
     "('FILE row N', {column: value}) of every row."
-    try: rows = pd.read_parquet(path).to_dict('records')
+    try: rows = pd.read_parquet(path).rename(columns=str).to_dict('records')
     except ImportError:
         raise CmlfError(f"{path}: parquet needs pyarrow; pip install 'cmlf[data]'") from None
     except (OSError, ValueError) as e:
@@ -245,7 +245,7 @@ def _once(seen, key, where, what):
     before = seen.setdefault(key, where)
     if before is not where: raise CmlfError(f'{where}: {what} was already in {before}; remove one')
 
-# %% ../nbs/02_data.ipynb #ed82572a
+# %% ../nbs/02_data.ipynb #192cfcdc
 _EXTENSIONS = '.wav .flac .ogg .opus .mp3 .aiff .aif .m4a .webm .mp4 .aac'.split()  # best first
 _ID = '([A-Za-z0-9_-]{11})'  # of a YouTube video
 
@@ -257,7 +257,8 @@ def _stem(name:str) -> str:
 
 def _is_blank(value) -> bool:
     "Whether a cell of a table holds nothing."
-    return value is None or value != value or isinstance(value, str) and not value.strip()
+    if isinstance(value, str): return not value.strip()
+    return np.ndim(value) == 0 and pd.isna(value)
 
 def _captions(row, where, spare=False) -> list:
     "Captions of a row: `caption`, or `caption_1`, ...; with `spare`, the last may be blank."
@@ -311,14 +312,15 @@ def hash_split(name:str) -> str:
     share = int(content_hash(name, length=8), 16) / 16**8
     return 'train' if share < .8 else 'val' if share < .9 else 'test'
 
-# %% ../nbs/02_data.ipynb #05e2b20b
+# %% ../nbs/02_data.ipynb #39bbaa46
 def _manifest_entry(row, where) -> Entry:
     "One row of a manifest as an entry of its own."
     path = _filled(row['path'], where, 'path').strip().replace('\\', '/')
     split = _ALIASES.get(str(row['split']).strip().lower()) if 'split' in row else hash_split(path)
     if not split: raise CmlfError(f'{where}: split {row["split"]!r} should be train, val or test')
     extra = [k for k in ('id', 'meaning', 'tags', 'credit') if not _is_blank(row.get(k))]
-    told = {k: str(row[k]).strip() for k in extra}
+    text = lambda v: ';'.join(v) if np.ndim(v) else str(v).strip()  # parquet may hold lists
+    told = {k: text(row[k]) for k in extra}
     if 'tags' in told: told['tags'] = tuple(filter(None, map(str.strip, told['tags'].split(';'))))
     id = told.pop('id', path)
     return Entry(id, split, _captions(row, where, spare=True), where, path=path, more=told)
@@ -497,7 +499,7 @@ def look_at(paths, # sound files
             bar.step()
     return [dict(bytes=key[1], **known[key]) for key in keys]
 
-# %% ../nbs/02_data.ipynb #5be46708
+# %% ../nbs/02_data.ipynb #cc078355
 def _verdict(look, seconds, shortest):
     "(status, reason, used) of a file that is there."
     length = look['seconds']
@@ -515,8 +517,8 @@ def _note_twins(ledger):
     used, first = ledger[ledger.used], defaultdict(dict)
     for row in used.itertuples(): first[row.sha256].setdefault(row.split, row.id)
     for row in used.itertuples():
-        others = [f'same bytes as {id} in {s}' for s, id in first[row.sha256].items() if s != row.split]
-        if others: ledger.loc[row.Index, 'reason'] = _join(row.reason, others[0])
+        twins = [f'{id} in {s}' for s, id in first[row.sha256].items() if s != row.split]
+        if twins: ledger.loc[row.Index, 'reason'] = _join(row.reason, f'same bytes as {twins[0]}')
 
 # %% ../nbs/02_data.ipynb #e121bc62
 _NO_FILE = dict(bytes=0, seconds=0.0, rate=0, sha256='')

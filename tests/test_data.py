@@ -245,6 +245,16 @@ def test_manifest_in_parquet(tmp_path):
     assert load_corpus(tmp_path/'my.parquet', .5).captions == ['a', 'd', 'b', 'c', 'f']
 
 
+def test_manifest_in_parquet_may_hold_lists_and_nothing(tmp_path):
+    paths = [str(tone(tmp_path/f'{i}.wav')) for i in range(2)]
+    table = pd.DataFrame({'path': paths, 'caption': ['a', 'b'], 'split': ['train', 'test'], 'tags': [['rain', 'wind'], None],
+                          'id': [7, 8], 'credit': [pd.NA, 'Zoë'], 9: [0, 1]})
+    table.columns = table.columns.map(str)
+    table.to_parquet(tmp_path/'my.parquet')
+    c = load_corpus(tmp_path/'my.parquet', .5)
+    assert [(x.id, x.tags, x.credit) for x in c.clips] == [('7', ('rain', 'wind'), ''), ('8', (), 'Zoë')]
+
+
 def test_manifest_without_split(tmp_path, capsys):
     text = 'path,caption\n' + ''.join(f'{i}.wav,Sound {i}\n' for i in range(200))
     first = quiet_load(write(tmp_path/'a.csv', text))
