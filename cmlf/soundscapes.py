@@ -763,17 +763,18 @@ class Scene:
         said = [f'{e.attribute} {e.kind}'.strip() for e in self.events]
         return f'{self.relation}: ' + ', '.join(sorted(said) if self.relation == 'while' else said)
 
-# %% ../nbs/03_soundscapes.ipynb #412c10da
+# %% ../nbs/03_soundscapes.ipynb #62fab2de
 _COUNT = {'alone': 1, 'while': 2, 'after': 2, 'background': 2, 'row': 3}
+_LEVELS = 'loud', 'faint', 'distant'
 _ODDS = ['alone']*3 + ['while']*6 + ['after']*6 + ['background']*3 + ['row']*2
 
 def _pick(r, items): return items[r.integers(len(items))]
 
 def _attribute(r, library, kind, relation, place):
-    "Half the time none. A background has none, and nothing in front of one is faint or distant."
+    "Half the time none. A background has none, and what is in front of one keeps its level."
     if relation == 'background' and place: return ''
     known = library.attributes(kind)
-    if relation == 'background': known = [a for a in known if a not in ('faint', 'distant')]
+    if relation == 'background': known = [a for a in known if a not in _LEVELS]
     return _pick(r, known) if known and r.integers(2) else ''
 
 def _draw(r, library):
@@ -786,7 +787,7 @@ def _draw(r, library):
         events.append(Event(kind, _attribute(r, library, kind, relation, place)))
     return Scene(relation, tuple(events))
 
-# %% ../nbs/03_soundscapes.ipynb #2b1319a3
+# %% ../nbs/03_soundscapes.ipynb #d4f486fd
 def _vary(r, library, scene):
     "`scene` with one thing changed; perhaps not a sensible one."
     events, change, i = list(scene.events), r.integers(4), r.integers(len(scene.events))
@@ -799,12 +800,12 @@ def _vary(r, library, scene):
     return Scene(relation, tuple(Event(e.kind, e.attribute) for e in events))
 
 def _sensible(scene):
-    "No kind twice; a background lasts and is plain; nothing in front is faint or distant."
-    if len({e.kind for e in scene.events}) < len(scene.events): return False
+    "No kind twice; a background lasts and is plain, and nothing drowns what it sounds with."
+    kinds, attributes = zip(*((e.kind, e.attribute) for e in scene.events))
+    if len(set(kinds)) < len(kinds): return False
+    if scene.relation == 'while' and 'loud' in attributes: return not {*_LEVELS[1:]} & {*attributes}
     if scene.relation != 'background': return True
-    front, back = scene.events
-    plain = not back.attribute and front.attribute not in ('faint', 'distant')
-    return EVENTS[back.kind].lasting and plain
+    return EVENTS[kinds[1]].lasting and not attributes[1] and attributes[0] not in _LEVELS
 
 # %% ../nbs/03_soundscapes.ipynb #fb47bbb2
 def _cast(r, library, split, events):
