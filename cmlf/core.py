@@ -33,7 +33,7 @@ def one_of(value, # what was asked for
     hint = f'; did you mean {near[0]!r}?' if near else ''
     raise CmlfError(f'unknown {what} {value!r}{hint} Known: {", ".join(map(str, known))}')
 
-# %% ../nbs/00_core.ipynb #2dc308ca
+# %% ../nbs/00_core.ipynb #9e13dfaf
 @dataclass(frozen=True)
 class Profile:
     "Every setting of a run. Defaults: the paper's, section III-B."
@@ -91,6 +91,7 @@ class Profile:
     ce_epochs:int = 20              # batch, rate and epochs: the reference's
     ce_batch_size:int = 128
     ce_lr:float = 0.01
+    ce_dim:int = 768                # width of CE's joint vectors
 
     def __post_init__(self):
         for f in fields(self):
@@ -172,15 +173,16 @@ def _check_profile(p):
     for key in ('dropout', 'block_dropout'):
         if not 0 <= getattr(p, key) < 1: raise CmlfError(f'setting {key}={getattr(p, key)} should be in [0, 1)')
 
-# %% ../nbs/00_core.ipynb #50cc014a
+# %% ../nbs/00_core.ipynb #19e18e12
 _small = Profile(name='mini', corpus='synthesised', seconds=4.0, hop=640, text_model='minilm', text_pool='mean',
                  train_word_table=False, dropout=0.1, block_dropout=0.1, schedule='cosine', lr=5e-4, text_lr=5e-5,
-                 head_hidden=512, joint_dim=256, ce_epochs=12, ce_batch_size=32)
+                 head_hidden=512, joint_dim=256, ce_epochs=16, ce_batch_size=64, ce_dim=256)
 
 PROFILES = {p.name: p for p in [
     _small.replace(name='smoke', n_train=64, n_val=16, n_test=24, seconds=2.0, width=4, head_hidden=32, joint_dim=32,
                    text_model='tiny', epochs=3, stage_split=(1, 1, 1), batch_size=8, pretrain_epochs=1,
-                   pretrain_scenes=64, expert_width=4, expert_epochs=1, ce_epochs=2, ce_batch_size=16),
+                   pretrain_scenes=64, expert_width=4, expert_epochs=1, ce_epochs=2, ce_batch_size=16,
+                   ce_dim=32),
     _small.replace(name='mini', n_train=800, n_val=200, n_test=250, width=8, epochs=8, stage_split=(3, 2, 3),
                    pretrain_epochs=6, pretrain_scenes=800),
     _small.replace(name='field', corpus='recordings', n_train=1500, n_val=250, n_test=500, subset=250, seconds=6.0,

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'RUN_VERSION', 'ROOT', 'METRICS', 'TITLES', 'app', 'Row', 'rooms', 'Spec', 'run_profile', 'relevant',
-           'not_default', 'runs_folder', 'Lab', 'Run', 'runs_needed', 'is_done', 'scores', 'pretty', 'write_table',
-           'Report', 'write_credits', 'batch_figure', 'stage_figure', 'size_figure', 'curve_figure', 'pick_queries',
-           'cards_html', 'provenance', 'write_index', 'notebook_of', 'check_parameters', 'check_executed',
-           'run_notebook', 'reproduce', 'reproduce_command', 'print_plan', 'check_report', 'data_command',
-           'write_corpus', 'train_on', 'evaluate_on', 'train_command', 'evaluate_command', 'doctor', 'doctor_command',
-           'run_command', 'main']
+           'not_default', 'runs_folder', 'Lab', 'Run', 'NotRun', 'is_done', 'scores', 'runs_needed', 'pretty',
+           'write_table', 'Report', 'write_credits', 'batch_figure', 'stage_figure', 'size_figure', 'curve_figure',
+           'pick_queries', 'cards_html', 'provenance', 'write_index', 'notebook_of', 'check_parameters',
+           'check_executed', 'run_notebook', 'reproduce', 'reproduce_command', 'measure', 'estimate', 'print_plan',
+           'check_report', 'data_command', 'write_corpus', 'train_on', 'evaluate_on', 'train_command',
+           'evaluate_command', 'doctor', 'doctor_command', 'run_command', 'main']
 
-# %% ../nbs/11_reproduce.ipynb #ec55807f
+# %% ../nbs/11_reproduce.ipynb #885ecebe
 import base64, csv, html, io, itertools, json, os, sys, time
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from fastcore.basics import patch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from .core import (CmlfError, Profile, atomic_path, commit, content_hash, device, file_hash, get_profile, machine, one_of, read_json, rng, say,
+from .core import (CmlfError, Profile, atomic_path, autocast, commit, content_hash, device, file_hash, get_profile, machine, one_of, read_json, rng, say,
                        seed_everything, versions, write_json, write_text)
 from .baselines import (CESettings, encoder_words, extract, load_expert, load_words, own_experts, train_ce)
 from .data import load_corpus
@@ -107,14 +108,14 @@ class Spec:
         parts = [self.system, self.audio, 'chm' if self.chm else '', self.loss, f'b{self.batch_size}', f's{self.seed}']
         return '-'.join(p for p in parts if p)
 
-# %% ../nbs/11_reproduce.ipynb #3d715e2d
+# %% ../nbs/11_reproduce.ipynb #e5da6d11
 _CORPUS = 'corpus n_train n_val n_test corpus_seed seconds'.split() # the corpus's own hash stands for these
 _TAGGER = 'pretrain_epochs pretrain_scenes pretrain_lr panns'.split()
 _AUDIO = 'hop width dropout block_dropout spec_augment amp'.split()
 _STAGED = 'stage_split freeze_head'.split()
 _MINED = 'curriculum ancillary remine'.split()
 _EXPERTS = 'expert_features expert_width expert_epochs'.split()
-_CE = 'words ce_epochs ce_batch_size ce_lr'.split()
+_CE = 'words ce_epochs ce_batch_size ce_lr ce_dim'.split()
 _NEVER = ['name', 'subset', *_CORPUS, *_TAGGER, *_EXPERTS, *_CE] # a run names its tagger's key, not its settings
 
 def run_profile(profile, spec:Spec):
@@ -134,7 +135,7 @@ def not_default(found:dict, default:dict) -> dict:
     "What differs from its default."
     return {k: v for k, v in found.items() if v != default[k]}
 
-# %% ../nbs/11_reproduce.ipynb #65629408
+# %% ../nbs/11_reproduce.ipynb #94ecfbb9
 ROOT = Path(__file__).parent.parent if '__file__' in globals() else Path('..').resolve()
 
 def runs_folder(runs=None) -> Path:
@@ -146,8 +147,9 @@ class Lab:
     def __init__(self, profile, # a `Profile`
                  runs=None, # folder of stored runs
                  events=None, # folder of recordings, for a corpus composed from them
-                 data=None): # corpus on disk, for a profile that reads one
-        self.profile, self.events, self.data = profile, events or None, data or None
+                 data=None, # corpus on disk, for a profile that reads one
+                 only:str=''): # names of runs, with *, that may be trained; '': all
+        self.profile, self.events, self.data, self.only = profile, events or None, data or None, only.split()
         self.runs = runs_folder(runs)
         self.parts, self.tables = {}, {}
 
@@ -234,13 +236,25 @@ class Run:
         h = self.history[self.history.stage <= (stage or self.about['stages'])]
         return int(h.audio_updates.sum()), int(h.text_updates.sum())
 
-# %% ../nbs/11_reproduce.ipynb #af2519c2
+# %% ../nbs/11_reproduce.ipynb #a80e00db
+class NotRun(CmlfError): "A run that was left out on purpose; its cells show a dash."
+
+@patch
+def allows(self:Lab, spec:Spec) -> bool:
+    "Whether a run is on the shelf or may be trained."
+    return is_done(self, spec) or not self.only or any(fnmatch(spec.name, pattern) for pattern in self.only)
+
+def is_done(lab:Lab, spec:Spec) -> bool:
+    "Whether the run is on the shelf."
+    return (_where(lab, spec)/'run.json').exists()
+
 def _where(lab, spec): return lab.runs/lab.profile.name/f'{spec.name}-{lab.key(spec)}'
 
 @patch
 def run(self:Lab, spec:Spec) -> Run:
-    "The finished run of `spec`: found, or trained now (after those it builds on)."
+    "The finished run of `spec`: found, or trained now (after those it builds on). `NotRun` if it is left out."
     done = _where(self, spec)
+    if not self.allows(spec): raise NotRun(f'run {spec.name} is left out by only={" ".join(self.only)!r}')
     if not (done/'run.json').exists():
         for parent in self.parents(spec): self.run(parent)
         going = done.with_name(done.name + '.partial')
@@ -265,7 +279,14 @@ def train(self:Lab, spec:Spec, going:Path, done:Path):
     (going/'checkpoint.pt').unlink(missing_ok=True)
     os.replace(going, done)
 
-# %% ../nbs/11_reproduce.ipynb #91c59a73
+# %% ../nbs/11_reproduce.ipynb #5ee4a1fa
+METRICS = [f'{d}_r{k}' for d in ('t2a', 'a2t') for k in (1, 5, 10)]
+
+def scores(found) -> list: # (6,) percent, in the order of METRICS
+    "R@1, R@5, R@10 of both directions."
+    return [side[f'R@{k}'] for side in (found.t2a, found.a2t) for k in (1, 5, 10)]
+
+# %% ../nbs/11_reproduce.ipynb #a5681884
 @patch
 def fit(self:Lab, spec:Spec, folder:Path, log) -> dict:
     "Train a dual encoder; what `run.json` should say of it."
@@ -279,7 +300,8 @@ def fit(self:Lab, spec:Spec, folder:Path, log) -> dict:
     history.to_csv(folder/'history.csv', index=False)
     if test: _write_test(folder/'test.npz', trainer.ends, test.owner)
     save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, folder/'model.safetensors')
-    return dict(stages=len(stages), val=[float(e['val']) for e in trainer.ends], train_clips=len(train),
+    tested = [scores(retrieval(e['audio'], e['text'], test.owner)) for e in trainer.ends] if test else []
+    return dict(stages=len(stages), test=tested, val=[float(e['val']) for e in trainer.ends], train_clips=len(train),
                 minutes=float(history.seconds.sum() + history.val_seconds.sum()) / 60)
 
 def _write_test(path, ends, owner):
@@ -360,7 +382,7 @@ def _features_on_disk(text, part):
         if name not in pairs: raise CmlfError(f"setting expert_features={text!r} should read 'audio=FILE,vggsound=FILE'")
     return {name: load_expert(pairs[name], [c.id for c in part.clips], *size) for name, size in _TOKENS.items()}
 
-# %% ../nbs/11_reproduce.ipynb #aa89778f
+# %% ../nbs/11_reproduce.ipynb #65c0a106
 @patch
 def fit_ce(self:Lab, spec:Spec, folder:Path, log) -> dict:
     "Train CE or MoEE; what `run.json` should say of it."
@@ -369,7 +391,8 @@ def fit_ce(self:Lab, spec:Spec, folder:Path, log) -> dict:
         experts = {s: {n: (f[f'{s}/{n}/x'].astype(np.float32), f[f'{s}/{n}/there']) for n in _TOKENS} for s in ('train', 'val', 'test')}
     parts = {s: self.corpus.split(s) for s in experts}
     words = load_words(p.words, self.corpus.captions) if p.words else encoder_words(TextEncoder(p.text_model))
-    settings = CESettings(use_ce=spec.system == 'ce', epochs=p.ce_epochs, batch_size=p.ce_batch_size, lr=p.ce_lr)
+    settings = CESettings(use_ce=spec.system == 'ce', epochs=p.ce_epochs, batch_size=p.ce_batch_size, lr=p.ce_lr,
+                          shared_dim=p.ce_dim)
     found = train_ce(*parts.values(), experts, words, settings, spec.seed, folder/'checkpoint.pt', log=log)
     updates = -(-len(parts['train']) // p.ce_batch_size)
     history = pd.DataFrame(found.history).assign(stage=1, audio_updates=updates, text_updates=updates)
@@ -377,32 +400,26 @@ def fit_ce(self:Lab, spec:Spec, folder:Path, log) -> dict:
     with atomic_path(folder/'test.npz') as tmp:
         np.savez(tmp, owner=parts['test'].owner, sim=found.sim, t2a_ranks_1=found.test.t2a_ranks, a2t_ranks_1=found.test.a2t_ranks)
     save_file({k: v.contiguous().cpu() for k, v in found.model.state_dict().items()}, folder/'model.safetensors')
-    return dict(stages=1, best_epoch=found.best_epoch, train_clips=len(parts['train']), minutes=(time.time() - start) / 60)
+    return dict(stages=1, test=[scores(found.test)], best_epoch=found.best_epoch, train_clips=len(parts['train']), minutes=(time.time() - start) / 60)
 
-# %% ../nbs/11_reproduce.ipynb #a2a4e50c
+# %% ../nbs/11_reproduce.ipynb #2dbb269e
 def runs_needed(lab:Lab, numbers, seeds:int) -> list:
     "Specs of all runs that the tables ask for, parents first, each once."
     wanted = []
     def add(spec):
+        if not lab.allows(spec): return
         for parent in lab.parents(spec): add(parent)
         if spec not in wanted: wanted.append(spec)
     for seed, row in itertools.product(range(seeds), [r for r in ROWS if r.table in numbers]): add(lab.spec_of(row, seed))
     return wanted
 
-def is_done(lab:Lab, spec:Spec) -> bool:
-    "Whether the run is on the shelf."
-    return (_where(lab, spec)/'run.json').exists()
+# %% ../nbs/11_reproduce.ipynb #f020b167
+#| export
 
-# %% ../nbs/11_reproduce.ipynb #5ee4a1fa
-METRICS = [f'{d}_r{k}' for d in ('t2a', 'a2t') for k in (1, 5, 10)]
-
-def scores(found) -> list: # (6,) percent, in the order of METRICS
-    "R@1, R@5, R@10 of both directions."
-    return [side[f'R@{k}'] for side in (found.t2a, found.a2t) for k in (1, 5, 10)]
-
-# %% ../nbs/11_reproduce.ipynb #24dd9f73
+# %% ../nbs/11_reproduce.ipynb #277dc2f4
 def _ours(lab, row, seeds, first):
-    runs = [lab.run(lab.spec_of(row, s)) for s in range(seeds)]
+    try: runs = [lab.run(lab.spec_of(row, s)) for s in range(seeds)]
+    except NotRun: return {}
     found = [r.retrieval(row.stage, first) for r in runs]
     values = np.array([scores(f) for f in found])
     updates = runs[0].updates(row.stage)
@@ -469,17 +486,17 @@ def write_table(frame:pd.DataFrame, # as `Lab.table` gives it
     write_text(path.with_suffix('.csv'), frame.to_csv(index=False))
     write_text(path.with_suffix('.tex'), shown.to_latex(index=False, escape=True, caption=title, multicolumn_format='c'))
 
-# %% ../nbs/11_reproduce.ipynb #c6c256d6
+# %% ../nbs/11_reproduce.ipynb #1bd1d540
 class Report:
     "What one notebook of tables writes, in the folder of its profile."
     def __init__(self, number:int, # of the table
                  profile:str='smoke', settings=(), # texts KEY=VALUE, or one text of several
-                 seeds:int=1, events:str='', runs:str='', data:str='', out:str=''):
+                 seeds:int=1, events:str='', runs:str='', data:str='', out:str='', only:str=''):
         settings = settings.split() if isinstance(settings, str) else list(settings)
         if isinstance(seeds, bool) or int(seeds) != seeds or seeds < 1: raise CmlfError(f'seeds={seeds!r} should be a whole number above zero')
-        self.asked = dict(number=number, profile=profile, settings=settings, seeds=seeds, events=events, runs=runs, data=data, out=out)
+        self.asked = dict(number=number, profile=profile, settings=settings, seeds=seeds, events=events, runs=runs, data=data, out=out, only=only)
         self.number, self.seeds = number, seeds
-        self.lab = Lab(get_profile(profile, settings), runs, events, data)
+        self.lab = Lab(get_profile(profile, settings), runs, events, data, only)
         self.out = Path(out or ROOT/'reports'/profile).resolve()
         self.figures, self.cards, self.tables = [], [], []
 
@@ -491,7 +508,7 @@ class Report:
         "The table's title, which says so when the corpus is not AudioCaps."
         return TITLES[self.number] + ('' if self.real else f' (ours on {self.lab.corpus.name}, not on AudioCaps)')
 
-# %% ../nbs/11_reproduce.ipynb #52bf6917
+# %% ../nbs/11_reproduce.ipynb #21d6ce72
 _NOTES = {1: ["The paper's CE and MoEE numbers equal those published for a filtered list of test clips (probably 816), not the 957 "
               "of its other rows. Ours are trained and scored on the pool of all other rows.",
               'CE and MoEE hear through two taggers of our own (VGGish- and ResNet-18-shaped), trained on training sources only, and are '
@@ -505,6 +522,7 @@ def notes(self:Report, frame) -> list:
     p, pool = self.lab.profile, frame.dropna(subset=['pool_clips']).iloc[0]
     common = [f'Ours: {pool.pool_clips} test clips, {pool.pool_captions} captions; {p.epochs} epochs in every row, '
               f'selected on validation; seeds: {self.seeds}. Paper: 957 clips, 4,785 captions.']
+    if frame.pool_clips.isna().any(): common.append('A dash under ours: that run was left out.')
     if not self.real: common.append("Another corpus and narrower encoders than the paper's: its columns are for orientation.")
     return common + _NOTES[self.number]
 
@@ -567,15 +585,17 @@ def batch_figure(e:np.ndarray, # (N, d) unit ancillary vectors
     axes[-1].set(xlabel='cosine inside batches', ylabel='density', title='all batches'); axes[-1].legend()
     return fig
 
-# %% ../nbs/11_reproduce.ipynb #9617f74e
+# %% ../nbs/11_reproduce.ipynb #288f999c
+def _numbers_of(frame, column): return pd.to_numeric(frame[column], errors='coerce').astype(float) # a dash is a gap
+
 def stage_figure(frame:pd.DataFrame): # Table II
     "R@1 after each stage, ours and the paper's, both directions."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(8, 2.8), sharey=True, layout='constrained')
     for ax, d, title in zip(axes, ('t2a', 'a2t'), ('text to audio', 'audio to text')):
         for i, (audio, part) in enumerate(frame.groupby('audio_encoder', sort=False)):
-            ax.plot(part.stage.astype(int), part[f'{d}_r1'].astype(float), 'o-', color=f'C{i}', label=f'{audio}, ours')
-            ax.plot(part.stage.astype(int), part[f'paper_{d}_r1'].astype(float), 's:', color=f'C{i}', alpha=0.5, label=f'{audio}, paper')
+            ax.plot(part.stage.astype(int), _numbers_of(part, f'{d}_r1'), 'o-', color=f'C{i}', label=f'{audio}, ours')
+            ax.plot(part.stage.astype(int), _numbers_of(part, f'paper_{d}_r1'), 's:', color=f'C{i}', alpha=0.5, label=f'{audio}, paper')
         ax.set(title=title, xlabel='after stage', xticks=[1, 2, 3])
     axes[0].set(ylabel='R@1 (%)'); axes[1].legend(fontsize=8)
     return fig
@@ -586,8 +606,8 @@ def size_figure(frame:pd.DataFrame): # Table III
     fig, ax = plt.subplots(figsize=(4.6, 2.8), layout='constrained')
     for i, (audio, part) in enumerate(frame.groupby('audio_encoder', sort=False)):
         x = np.arange(len(part))
-        ax.plot(x, part.t2a_r1.astype(float), 'o-', color=f'C{i}', label=f'{audio}, ours')
-        ax.plot(x, part.paper_t2a_r1.astype(float), 's:', color=f'C{i}', alpha=0.5, label=f'{audio}, paper')
+        ax.plot(x, _numbers_of(part, 't2a_r1'), 'o-', color=f'C{i}', label=f'{audio}, ours')
+        ax.plot(x, _numbers_of(part, 'paper_t2a_r1'), 's:', color=f'C{i}', alpha=0.5, label=f'{audio}, paper')
     ax.set(xticks=x, xticklabels=part.batch_size, xlabel='batch size', ylabel='text to audio R@1 (%)'); ax.legend(fontsize=8)
     return fig
 
@@ -773,13 +793,14 @@ def _need_kernel():
     if 'python3' not in KernelSpecManager().find_kernel_specs():
         raise CmlfError('no Jupyter kernel named python3: install ipykernel in this environment')
 
-# %% ../nbs/11_reproduce.ipynb #4e9232df
+# %% ../nbs/11_reproduce.ipynb #33a06047
 def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1, events:str='', runs:str='', data:str='', out:str='',
               settings=(), # texts KEY=VALUE
+              only:str='', # names of runs, with *, that may be trained; '': all
              ) -> Path: # the report's page
     "Train what is missing, run the notebooks of `tables`, write the report."
     for n in tables: one_of(n, [1, 2, 3], 'table')
-    lab = Lab(get_profile(profile, settings), runs, events, data)
+    lab = Lab(get_profile(profile, settings), runs, events, data, only)
     wanted = runs_needed(lab, tables, seeds)
     todo = [s for s in wanted if not is_done(lab, s)]
     say(f'{profile}: {len(wanted)} runs are needed, {len(wanted) - len(todo)} are stored in {lab.runs}')
@@ -787,14 +808,14 @@ def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1, events:str='', 
         say(f'{profile}: run {i + 1} of {len(todo)}, {spec.name}')
         lab.run(spec)
     out = Path(out or ROOT/'reports'/profile).resolve()
-    asked = dict(profile=profile, settings=list(settings), seeds=seeds, events=str(events), runs=str(lab.runs), data=str(data), out=str(out))
+    asked = dict(profile=profile, settings=list(settings), seeds=seeds, events=str(events), runs=str(lab.runs), data=str(data), out=str(out), only=only)
     for n in tables:
         run_notebook(notebook_of(n), out/'notebooks'/f'table{n}.ipynb', asked)
         in_force = read_json(out/f'table{n}.json')['in_force']
         if in_force != lab.profile.asdict(): raise CmlfError(f'table{n}.ipynb ran with other settings than were asked for: {in_force}')
     return write_index(out)
 
-# %% ../nbs/11_reproduce.ipynb #9f940086
+# %% ../nbs/11_reproduce.ipynb #7f67a35d
 import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -814,25 +835,105 @@ def reproduce_command(
     runs:str = typer.Option('', help='folder of stored runs (default: CMLF_RUNS, or runs/)'),
     out:str = typer.Option('', help='folder of the report (default: reports/PROFILE)'),
     set_:list[str] = typer.Option([], '--set', help='KEY=VALUE, a setting to change; repeat for more'),
+    only:str = typer.Option('', help="train only runs of these names, as '*scratch* ce*'; cells of others show a dash"),
     plan:bool = typer.Option(False, '--plan', help='print the runs and stop'),
     check:bool = typer.Option(False, '--check', help='compare the report on disk with the stored runs and stop')):
     "Regenerate Tables I-III: train what is missing, reuse what exists, write the report."
     numbers = _numbers(tables, 'tables')
     for n in numbers: one_of(n, [1, 2, 3], 'table')
     if seeds < 1: raise CmlfError(f'seeds {seeds} should be at least 1')
-    lab = Lab(get_profile(profile, set_), runs, events, data)
+    lab = Lab(get_profile(profile, set_), runs, events, data, only)
     if plan: return print_plan(lab, numbers, seeds)
     if check: return check_report(lab, numbers, seeds, out)
-    index = reproduce(profile, numbers, seeds, events, runs, data, out, set_)
+    index = reproduce(profile, numbers, seeds, events, runs, data, out, set_, only)
     for f in sorted(index.parent.glob('table?.md')): print(f.read_text())
     print(f'report: {index}')
 
-# %% ../nbs/11_reproduce.ipynb #a8a58813
-def print_plan(lab:Lab, numbers, seeds:int):
-    "The runs that tables need, and which are stored."
-    for spec in runs_needed(lab, numbers, seeds):
-        print(f'{"stored" if is_done(lab, spec) else "to do ":<7} {lab.profile.name} {spec.name} {lab.key(spec)}')
+# %% ../nbs/11_reproduce.ipynb #0225001e
+_PAPER_CLIPS = dict(train=(49274, 49274), val=(494, 2470), test=(957, 4785)) # clips, captions of AudioCaps
 
+def _sizes(lab):
+    "(clips, captions) of every split; AudioCaps' own where no copy is given."
+    if lab.profile.corpus == 'audiocaps' and not lab.data: return _PAPER_CLIPS
+    parts = {s: lab.corpus.split(s) for s in ('train', 'val', 'test')}
+    return {s: (len(p), len(p.captions)) for s, p in parts.items()}
+
+def _plan_model(p):
+    "The profile's network; random weights of the same shape where its text model is not at hand."
+    from transformers import BertConfig, BertModel
+    try: return DualEncoder.from_profile(p), 16
+    except CmlfError as e:
+        say(f'{e}; timing a random BERT-base in its place')
+        model = DualEncoder.from_profile(p.replace(text_model='tiny'))
+        model.text.model = BertModel(BertConfig(), add_pooling_layer=False)
+        model.text_head[0] = torch.nn.Linear(768, p.head_hidden)
+        return model, 16
+
+# %% ../nbs/11_reproduce.ipynb #d74b114f
+def _seconds(f, repeat=4):
+    "The least of a few timings; one is enough where it takes long."
+    times = []
+    while len(times) < repeat and sum(times) < 3:
+        start = time.perf_counter(); f()
+        if device().type == 'cuda': torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+def measure(lab:Lab, batch:int=4) -> dict: # clips at a time
+    "Seconds per clip or caption: learning ('audio', 'text') and only encoding ('heard', 'read'); parameters."
+    p, dev = lab.profile, device()
+    model, words = _plan_model(p)
+    model.to(dev).train()
+    x = torch.randn(batch, int(p.seconds * SAMPLE_RATE) // p.hop + 1, 64, device=dev)
+    tokens = dict(input_ids=torch.randint(1000, 2000, (batch, words), device=dev), attention_mask=torch.ones(batch, words, dtype=torch.long, device=dev))
+    def learn(f, given):
+        with autocast(dev, p.amp): y = f(given)
+        y.float().square().mean().backward()
+    def only(f, given):
+        with torch.no_grad(), autocast(dev, p.amp): f(given)
+    per = {'audio': _seconds(lambda: learn(model.audio, x)), 'text': _seconds(lambda: learn(model.text, tokens)),
+           'heard': _seconds(lambda: only(model.audio, x)), 'read': _seconds(lambda: only(model.text, tokens))}
+    return {k: v / batch for k, v in per.items()} | dict(parameters=sum(q.numel() for q in model.parameters()))
+
+# %% ../nbs/11_reproduce.ipynb #41efead2
+def estimate(lab:Lab, spec:Spec, per:dict, sizes:dict) -> float: # hours
+    "Hours of a run of a dual encoder or a tagger, from the times of `measure`."
+    p, (n, t) = run_profile(lab.profile, spec), sizes['train']
+    if spec.system == 'tagger': return p.pretrain_epochs * p.pretrain_scenes * per['audio'] / 3600
+    if spec.system not in ('baseline', '3cmlf'): return float('nan')
+    stages = joint_stages(p) if spec.system == 'baseline' else curriculum_stages(p, spec.chm)
+    seconds = 0
+    for s in stages:
+        seconds += s.epochs * n * (per['audio'] * (s.learns != 'text') + per['text'] * (s.learns != 'audio'))
+        seconds += n * per['heard'] * (s.learns == 'text') + t * per['read'] * (s.learns == 'audio')
+        seconds += s.epochs * sum(a * b for a, b in zip(sizes['val'], (per['heard'], per['read'])))
+    return seconds / 3600
+
+def print_plan(lab:Lab, numbers, seeds:int):
+    "The runs that tables need, which are stored, and what the others will take on this device."
+    per, sizes, p = measure(lab), _sizes(lab), lab.profile
+    total, wanted = 0., runs_needed(lab, numbers, seeds) if lab.data or p.corpus not in ('audiocaps', 'clotho', 'manifest') else None
+    if wanted is None: say('no --data: the plan is for all of AudioCaps, and every run is to do')
+    for spec in wanted or _all_specs(lab, numbers, seeds):
+        stored = wanted is not None and is_done(lab, spec)
+        hours = 0. if stored else estimate(lab, spec, per, sizes)
+        total += np.nan_to_num(hours)
+        print(f'{"stored" if stored else "to do":<7} {p.name} {spec.name:<40} {"" if stored else "not timed" if np.isnan(hours) else f"{hours:.2f} h"}')
+    clips = sum(c for c, _ in sizes.values())
+    store = clips * (int(p.seconds * SAMPLE_RATE) // p.hop + 1) * 64 * 2 / 2**30
+    weights = per['parameters'] * 4 / 2**30
+    print(f'estimated: {total:.1f} hours on {device().type} ({1e3 * per["audio"]:.1f} ms a clip, {1e3 * per["text"]:.1f} ms a caption, forward and '
+          f'backward), {4 * weights + 1:.1f} GB of memory and the batch, {store + 12 * weights:.1f} GB of disk (log-mels {store:.1f})')
+
+def _all_specs(lab, numbers, seeds):
+    "As `runs_needed`, where no corpus is at hand to tell what is stored."
+    wanted = []
+    for seed, row in itertools.product(range(seeds), [r for r in ROWS if r.table in numbers]):
+        spec = lab.spec_of(row, seed)
+        wanted += [s for s in (*lab.parents(spec), spec) if s not in wanted]
+    return wanted
+
+# %% ../nbs/11_reproduce.ipynb #e123c12e
 def check_report(lab:Lab, numbers, seeds:int, out:str=''):
     "Exit code 1 and a line per cell where the report's tables are not what the stored runs give."
     out, stale = Path(out or ROOT/'reports'/lab.profile.name), []

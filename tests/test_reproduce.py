@@ -111,3 +111,52 @@ def test_the_page_in_a_browser(report, tmp_path):
     subprocess.run([chromium, *flags, f'--screenshot={shot}', page], capture_output=True, timeout=120, check=True)
     import matplotlib.image
     assert matplotlib.image.imread(shot)[..., :3].std() > 0.05   # a page, not a blank
+
+@pytest.fixture(scope='module')
+def own_sounds(tmp_path_factory):
+    "40 sounds with one caption each, as a user would have them: tones of 8 pitches, in a manifest."
+    import soundfile
+    folder = tmp_path_factory.mktemp('own')
+    rows = []
+    for i in range(40):
+        pitch = 200 * 1.5 ** (i % 8)
+        wave = 0.3 * np.sin(2 * np.pi * pitch * np.arange(16000) / 16000) + 0.01 * np.random.default_rng(i).normal(size=16000)
+        soundfile.write(folder/f'{i:02}.wav', wave, 16000)
+        rows.append((f'{i:02}.wav', f'A tone of {pitch:.0f} hertz, number {i}', 'train' if i < 24 else 'val' if i < 32 else 'test'))
+    pd.DataFrame(rows, columns=['path', 'caption', 'split']).to_csv(folder/'manifest.csv', index=False)
+    return folder/'manifest.csv'
+
+def test_train_and_evaluate_on_your_own_sounds(own_sounds, tmp_path):
+    small = ['--set', 'width=4', '--set', 'text_model=tiny', '--set', 'epochs=3', '--set', 'stage_split=1+1+1', '--set', 'seconds=1']
+    done = cmlf('train', '--data', own_sounds, '--profile', 'field', *small, '--out', tmp_path/'run', '--json')
+    assert done.returncode == 0, done.stderr
+    assert 'batch_size 32 is lowered to 12' in done.stderr
+    assert len(json.loads(done.stdout)['val']) == 3
+    found = cmlf('evaluate', tmp_path/'run', '--data', own_sounds, '--split', 'test', '--json')
+    assert found.returncode == 0, found.stderr
+    facts = json.loads(found.stdout)
+    assert facts['pool'] == dict(clips=8, captions=8) and facts['coverage']['coverage'] == '8 of 8 clips'
+    assert 0 <= facts['t2a']['R@1'] <= facts['t2a']['R@10'] == 100
+    again = json.loads(cmlf('evaluate', tmp_path/'run', '--data', own_sounds, '--json').stdout)
+    assert again['t2a'] == facts['t2a']
+    assert_refused(cmlf('train', '--data', own_sounds, '--out', tmp_path/'run'), 'holds a finished run')
+
+def test_bad_corpora_and_runs_are_one_line(own_sounds, tmp_path):
+    assert_refused(cmlf('evaluate', tmp_path, '--data', own_sounds), str(tmp_path), 'cmlf train')
+    assert_refused(cmlf('train', '--data', tmp_path/'none.csv', '--out', tmp_path/'run'), 'none.csv')
+    broken = own_sounds.with_name('broken.csv')
+    broken.write_text('path,caption,split\n00.wav,,train\n')
+    assert_refused(cmlf('train', '--data', broken, '--out', tmp_path/'run'), 'broken.csv', '2')
+
+def test_a_silent_recording_or_a_text_file_is_named(own_sounds, tmp_path):
+    "Unreadable sound is missing sound: it is in the ledger, and named when nothing else is left."
+    folder = tmp_path/'broken'
+    folder.mkdir()
+    (folder/'a.wav').write_text('no sound')
+    (folder/'manifest.csv').write_text('path,caption,split\na.wav,a thing,train\n')
+    assert_refused(cmlf('train', '--data', folder/'manifest.csv', '--out', tmp_path/'run'), 'a')
+
+def test_doctor():
+    done = cmlf('doctor', '--json', CMLF_ESC_DIR='/no/such')
+    found = {c['what']: c for c in json.loads(done.stdout)}
+    assert found['packaged MiniLM']['found'] and not found['recordings']['found'] and 'CMLF_ESC_DIR' in found['recordings']['text']
