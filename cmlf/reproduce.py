@@ -486,15 +486,15 @@ def write_table(frame:pd.DataFrame, # as `Lab.table` gives it
     write_text(path.with_suffix('.csv'), frame.to_csv(index=False))
     write_text(path.with_suffix('.tex'), shown.to_latex(index=False, escape=True, caption=title, multicolumn_format='c'))
 
-# %% ../nbs/11_reproduce.ipynb #1bd1d540
+# %% ../nbs/11_reproduce.ipynb #7795e7b3
 class Report:
     "What one notebook of tables writes, in the folder of its profile."
     def __init__(self, number:int, # of the table
-                 profile:str='smoke', settings=(), # texts KEY=VALUE, or one text of several
+                 profile:str='smoke', settings=(), # texts KEY=VALUE, or one text with ; between them
                  seeds:int=1, events:str='', runs:str='', data:str='', out:str='', only:str=''):
-        settings = settings.split() if isinstance(settings, str) else list(settings)
+        if isinstance(settings, str): settings = [t.strip() for t in settings.split(';') if t.strip()]
         if isinstance(seeds, bool) or int(seeds) != seeds or seeds < 1: raise CmlfError(f'seeds={seeds!r} should be a whole number above zero')
-        self.asked = dict(number=number, profile=profile, settings=settings, seeds=seeds, events=events, runs=runs, data=data, out=out, only=only)
+        self.asked = dict(number=number, profile=profile, settings=list(settings), seeds=seeds, events=events, runs=runs, data=data, out=out, only=only)
         self.number, self.seeds = number, seeds
         self.lab = Lab(get_profile(profile, settings), runs, events, data, only)
         self.out = Path(out or ROOT/'reports'/profile).resolve()
@@ -508,7 +508,7 @@ class Report:
         "The table's title, which says so when the corpus is not AudioCaps."
         return TITLES[self.number] + ('' if self.real else f' (ours on {self.lab.corpus.name}, not on AudioCaps)')
 
-# %% ../nbs/11_reproduce.ipynb #21d6ce72
+# %% ../nbs/11_reproduce.ipynb #d416c9a5
 _NOTES = {1: ["The paper's CE and MoEE numbers equal those published for a filtered list of test clips (probably 816), not the 957 "
               "of its other rows. Ours are trained and scored on the pool of all other rows.",
               'CE and MoEE hear through two taggers of our own (VGGish- and ResNet-18-shaped), trained on training sources only, and are '
@@ -520,7 +520,8 @@ _NOTES = {1: ["The paper's CE and MoEE numbers equal those published for a filte
 def notes(self:Report, frame) -> list:
     "What a reader must know beside the numbers."
     p, pool = self.lab.profile, frame.dropna(subset=['pool_clips']).iloc[0]
-    common = [f'Ours: {pool.pool_clips} test clips, {pool.pool_captions} captions; {p.epochs} epochs in every row, '
+    but = f' but those of CE and MoEE ({p.ce_epochs})' if self.number == 1 else ''
+    common = [f'Ours: {pool.pool_clips} test clips, {pool.pool_captions} captions; {p.epochs} epochs in every row{but}, '
               f'selected on validation; seeds: {self.seeds}. Paper: 957 clips, 4,785 captions.']
     if frame.pool_clips.isna().any(): common.append('A dash under ours: that run was left out.')
     if not self.real: common.append("Another corpus and narrower encoders than the paper's: its columns are for orientation.")
@@ -793,7 +794,7 @@ def _need_kernel():
     if 'python3' not in KernelSpecManager().find_kernel_specs():
         raise CmlfError('no Jupyter kernel named python3: install ipykernel in this environment')
 
-# %% ../nbs/11_reproduce.ipynb #33a06047
+# %% ../nbs/11_reproduce.ipynb #c298585f
 def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1, events:str='', runs:str='', data:str='', out:str='',
               settings=(), # texts KEY=VALUE
               only:str='', # names of runs, with *, that may be trained; '': all
@@ -808,7 +809,7 @@ def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1, events:str='', 
         say(f'{profile}: run {i + 1} of {len(todo)}, {spec.name}')
         lab.run(spec)
     out = Path(out or ROOT/'reports'/profile).resolve()
-    asked = dict(profile=profile, settings=list(settings), seeds=seeds, events=str(events), runs=str(lab.runs), data=str(data), out=str(out), only=only)
+    asked = dict(profile=profile, settings='; '.join(settings), seeds=seeds, events=str(events), runs=str(lab.runs), data=str(data), out=str(out), only=only)
     for n in tables:
         run_notebook(notebook_of(n), out/'notebooks'/f'table{n}.ipynb', asked)
         in_force = read_json(out/f'table{n}.json')['in_force']
