@@ -7,15 +7,17 @@ __all__ = ['KINDS', 'PROFILES', 'CmlfError', 'one_of', 'Profile', 'share_out', '
            'atomic_path', 'write_text', 'write_json', 'read_json', 'content_hash', 'file_hash', 'versions', 'commit',
            'device', 'has_bf16', 'autocast', 'machine', 'Progress', 'say']
 
-# %% ../nbs/00_core.ipynb #389c32d1
+# %% ../nbs/00_core.ipynb #fe28b0fd
 import contextlib, dataclasses, difflib, hashlib, json, math, os, platform, random, subprocess, sys
-import tempfile, time
+import tempfile, time, warnings
 from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
+
+warnings.filterwarnings('ignore', 'IProgress not found') # a notebook without widgets is no news
 
 # %% ../nbs/00_core.ipynb #3aaebb17
 class CmlfError(ValueError):
@@ -173,18 +175,19 @@ def _check_profile(p):
     for key in ('dropout', 'block_dropout'):
         if not 0 <= getattr(p, key) < 1: raise CmlfError(f'setting {key}={getattr(p, key)} should be in [0, 1)')
 
-# %% ../nbs/00_core.ipynb #19e18e12
+# %% ../nbs/00_core.ipynb #a16cea7c
 _small = Profile(name='mini', corpus='synthesised', seconds=4.0, hop=640, text_model='minilm', text_pool='mean',
                  train_word_table=False, dropout=0.1, block_dropout=0.1, schedule='cosine', lr=5e-4, text_lr=5e-5,
-                 head_hidden=512, joint_dim=256, ce_epochs=16, ce_batch_size=64, ce_dim=256)
+                 head_hidden=512, joint_dim=256, ce_epochs=16, ce_batch_size=64, ce_dim=256,
+                 expert_epochs=6)
 
 PROFILES = {p.name: p for p in [
     _small.replace(name='smoke', n_train=64, n_val=16, n_test=24, seconds=2.0, width=4, head_hidden=32, joint_dim=32,
                    text_model='tiny', epochs=3, stage_split=(1, 1, 1), batch_size=8, pretrain_epochs=1,
                    pretrain_scenes=64, expert_width=4, expert_epochs=1, ce_epochs=2, ce_batch_size=16,
                    ce_dim=32),
-    _small.replace(name='mini', n_train=800, n_val=200, n_test=250, width=8, epochs=8, stage_split=(3, 2, 3),
-                   pretrain_epochs=6, pretrain_scenes=800),
+    _small.replace(name='mini', n_train=600, n_val=150, n_test=250, width=8, epochs=8, stage_split=(3, 2, 3),
+                   pretrain_epochs=6, pretrain_scenes=600),
     _small.replace(name='field', corpus='recordings', n_train=1500, n_val=250, n_test=500, subset=250, seconds=6.0,
                    hop=960, width=16, epochs=8, stage_split=(3, 1, 4), pretrain_epochs=6, pretrain_scenes=1500),
     Profile(name='audiocaps')]}

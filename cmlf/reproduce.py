@@ -164,18 +164,18 @@ class Lab:
     @cached_property
     def log_mel(self): return LogMel(hop=self.profile.hop)
 
-# %% ../nbs/11_reproduce.ipynb #cf1a6cf0
+# %% ../nbs/11_reproduce.ipynb #f808e62a
 @patch
-def store(self:Lab, part, what:str='log-mel'):
+def store(self:Lab, part):
     "The log-mels of a corpus, computed once."
-    return build_store(self.runs/'features', part.keys, part.waveform, self.log_mel, self.profile.seconds, what=what)
+    return build_store(self.runs/'features', part.keys, part.waveform, self.log_mel, self.profile.seconds)
 
 @patch
 def pairs(self:Lab, split:str, model) -> Pairs:
     "A split, ready for training."
     if split not in self.parts:
         part = self.corpus.split(split)
-        self.parts[split] = Pairs.of(part, self.store(part, f'log-mel of {split}'), model)
+        self.parts[split] = Pairs.of(part, self.store(part), model)
     return self.parts[split]
 
 @patch
@@ -341,14 +341,14 @@ def vectors(self:Lab, spec:Spec) -> np.ndarray:
         with atomic_path(path) as tmp: np.save(tmp, e)
     return np.load(path)
 
-# %% ../nbs/11_reproduce.ipynb #cb0dbdd5
+# %% ../nbs/11_reproduce.ipynb #6d52a2fa
 @patch
 def pretrain(self:Lab, spec:Spec, folder:Path, log) -> dict:
     "Pre-train a trunk on scenes of training sources; what `run.json` should say of it."
     p, start = self.profile, time.time()
     scenes = tagging_corpus(p, self.events)
     learn, held = scenes.split('train'), scenes.split('val')
-    stores = [self.store(part, 'log-mel of tagged scenes') for part in (learn, held)]
+    stores = [self.store(part) for part in (learn, held)]
     seed_everything(int(rng(spec.seed, 'weights').integers(2**31)))
     trunk = DualEncoder.from_profile(p).audio
     head = fit_tagger(trunk, stores[0], learn.tag_matrix, p.pretrain_epochs, p.pretrain_lr, p.batch_size, spec.seed, p.amp, log)
