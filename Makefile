@@ -5,7 +5,9 @@ EVENTS ?= $(CMLF_ESC_DIR)
 ARGS   ?=
 BIN    := .venv/bin
 
-.PHONY: tables field test lab export clean
+CAPTIONS ?= $(CMLF_AUDIOCAPS_CSV)
+
+.PHONY: tables field test lab rehearsal export clean
 
 tables: .venv/installed
 	$(BIN)/cmlf reproduce --profile mini $(ARGS)
@@ -20,6 +22,11 @@ test: .venv/dev
 
 lab: .venv/lab
 	$(BIN)/jupyter lab nbs/index.ipynb
+
+# the AudioCaps path at full size, with the real captions and stand-in sounds
+rehearsal: .venv/dev
+	@test -n "$(CAPTIONS)" || { echo "make rehearsal: say where the AudioCaps csv files are: make rehearsal CAPTIONS=/path/to/csv_files" >&2; exit 2; }
+	$(BIN)/python benchmarks/rehearsal.py --captions "$(CAPTIONS)"
 
 # after editing a notebook
 export: .venv/dev

@@ -135,7 +135,7 @@ def not_default(found:dict, default:dict) -> dict:
     "What differs from its default."
     return {k: v for k, v in found.items() if v != default[k]}
 
-# %% ../nbs/11_reproduce.ipynb #94ecfbb9
+# %% ../nbs/11_reproduce.ipynb #76a6acff
 ROOT = Path(__file__).parent.parent if '__file__' in globals() else Path('..').resolve()
 
 def runs_folder(runs=None) -> Path:
@@ -159,7 +159,9 @@ class Lab:
         p = self.profile
         if p.corpus in ('synthesised', 'recordings'): return compose(p, self.events)
         if not self.data: raise CmlfError(f'profile {p.name!r} reads a corpus from disk: say where with --data')
-        return load_corpus(self.data, p.seconds)
+        found = load_corpus(self.data, p.seconds)
+        if p.corpus == 'manifest': found.name = Path(self.data).stem # a report should not call it AudioCaps
+        return found
 
     @cached_property
     def log_mel(self): return LogMel(hop=self.profile.hop)
