@@ -7,8 +7,8 @@ __all__ = ['ROWS', 'RUN_VERSION', 'ROOT', 'METRICS', 'TITLES', 'app', 'Row', 'ro
            'not_default', 'runs_folder', 'Lab', 'Run', 'NotRun', 'is_done', 'scores', 'runs_needed', 'pretty',
            'write_table', 'Report', 'write_credits', 'batch_figure', 'stage_figure', 'size_figure', 'curve_figure',
            'pick_queries', 'cards_html', 'provenance', 'write_index', 'notebook_of', 'check_parameters',
-           'check_executed', 'run_notebook', 'reproduce', 'reproduce_command', 'measure', 'estimate', 'print_plan',
-           'check_report', 'data_command', 'write_corpus', 'train_on', 'evaluate_on', 'train_command',
+           'check_executed', 'run_notebook', 'hide_paths', 'reproduce', 'reproduce_command', 'measure', 'estimate',
+           'print_plan', 'check_report', 'data_command', 'write_corpus', 'train_on', 'evaluate_on', 'train_command',
            'evaluate_command', 'doctor', 'doctor_command', 'run_command', 'main']
 
 # %% ../nbs/11_reproduce.ipynb #885ecebe
@@ -774,7 +774,7 @@ def check_executed(path):
     for i, c in enumerate(cells):
         if c['execution_count'] is None: raise CmlfError(f'{path}: code cell {i + 1} of {len(cells)} never ran')
 
-# %% ../nbs/11_reproduce.ipynb #6b8c3011
+# %% ../nbs/11_reproduce.ipynb #ab43cfcd
 def run_notebook(path, output, # the notebook; where the executed one goes
                  parameters:dict, # for its tagged cell
                 ):
@@ -791,12 +791,19 @@ def run_notebook(path, output, # the notebook; where the executed one goes
         raise CmlfError(f'{path}: cell {e.exec_count} failed with {e.ename}: {e.evalue} (see {output})') from None
     check_executed(output)
 
+def hide_paths(path, # executed notebook
+               folders): # absolute paths of one machine
+    "Leave only the last part of `folders` in a notebook that others will read."
+    text = Path(path).read_text(encoding='utf-8')
+    for folder in sorted(filter(None, map(str, folders)), key=len, reverse=True): text = text.replace(folder, Path(folder).name)
+    write_text(path, text)
+
 def _need_kernel():
     from jupyter_client.kernelspec import KernelSpecManager
     if 'python3' not in KernelSpecManager().find_kernel_specs():
         raise CmlfError('no Jupyter kernel named python3: install ipykernel in this environment')
 
-# %% ../nbs/11_reproduce.ipynb #c298585f
+# %% ../nbs/11_reproduce.ipynb #3adb5fa9
 def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1, events:str='', runs:str='', data:str='', out:str='',
               settings=(), # texts KEY=VALUE
               only:str='', # names of runs, with *, that may be trained; '': all
@@ -813,7 +820,8 @@ def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1, events:str='', 
     out = Path(out or ROOT/'reports'/profile).resolve()
     asked = dict(profile=profile, settings='; '.join(settings), seeds=seeds, events=str(events), runs=str(lab.runs), data=str(data), out=str(out), only=only)
     for n in tables:
-        run_notebook(notebook_of(n), out/'notebooks'/f'table{n}.ipynb', asked)
+        run_notebook(notebook_of(n), executed := out/'notebooks'/f'table{n}.ipynb', asked)
+        hide_paths(executed, [lab.runs, out, events, data, ROOT])
         in_force = read_json(out/f'table{n}.json')['in_force']
         if in_force != lab.profile.asdict(): raise CmlfError(f'table{n}.ipynb ran with other settings than were asked for: {in_force}')
     return write_index(out)
