@@ -561,7 +561,7 @@ def _summary(ledger) -> str:
     twins = ledger.reason.str.contains('same bytes as').sum()
     return _join(there, *why, twins and f'{twins} with the bytes of a clip of another split')
 
-# %% ../nbs/02_data.ipynb #4107b9a8
+# %% ../nbs/02_data.ipynb #52d67252
 def _clip_of(entry, source) -> Clip:
     "The clip of an entry whose sound was found."
     cleaned = tuple(map(clean_caption, entry.raw))
@@ -581,12 +581,12 @@ def _corpus_name(layout, path, entries) -> str:
 def _keep(ledger, file, top):
     "Write the ledger and say what is in it; a corpus without one usable sound is refused."
     with atomic_path(file) as tmp: ledger.to_csv(tmp, index=False)
-    say(f'{_summary(ledger)}; ledger: {file}')
     if not ledger.used.any():
         raise CmlfError(f'{top}: none of {len(ledger)} clips has usable sound, e.g. '
                         f'{ledger.id[0]}: {ledger.reason[0]}; give the right folder with audio=')
+    say(f'{_summary(ledger)}; ledger: {file}')
 
-# %% ../nbs/02_data.ipynb #423a71ca
+# %% ../nbs/02_data.ipynb #f9a7491e
 def load_corpus(path, # folder of a corpus, or a manifest
                 seconds:float, # every clip is padded or cut at the end to this length
                 layout=None, # a name from `LAYOUTS`; None: find out
@@ -599,8 +599,8 @@ def load_corpus(path, # folder of a corpus, or a manifest
     name = _corpus_name(kind, path, entries)
     guessed = 'all' in tables and 'split' not in read_table(tables['all'])[0][1]
     about = f'{name}, layout {kind.name}' + ', split 80/10/10 by hash of path' * guessed
-    say(f'{path}: {about}')
     if audio is False:
+        say(f'{path}: {about}')
         clips = [_clip_of(e, f'no sound {e.id}') for e in entries]
         return Corpus(name, clips, _read_nothing, seconds, about=about)
     top = top if audio is None else Path(audio).expanduser().absolute()
@@ -609,6 +609,7 @@ def load_corpus(path, # folder of a corpus, or a manifest
     if name == 'audiocaps': shortest = LAYOUTS['audiocaps'].shortest
     ledger = make_ledger(entries, located, seconds, shortest, cache_folder()/'looks.jsonl')
     _keep(ledger, cache_folder()/f'{name}-{content_hash(str(path), str(top))}-ledger.csv', top)
+    say(f'{path}: {about}')
     clips = [_clip_of(e, p) for e, p, used in zip(entries, ledger.path, ledger.used) if used]
     return Corpus(name, clips, partial(_read_file, seconds=seconds), seconds, ledger, about)
 
