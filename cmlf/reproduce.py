@@ -81,8 +81,8 @@ def _row(line):
 
 ROWS = [_row(line) for line in _NUMBERS.strip().splitlines()]
 
-# %% ../nbs/11_reproduce.ipynb #f04547b8
-RUN_VERSION = dict(features=1, soundscapes=1, mining=1, encoders=1, loss=1, training=1, baselines=1)
+# %% ../nbs/11_reproduce.ipynb #747dcb76
+RUN_VERSION = dict(features=1, soundscapes=1, mining=2, encoders=1, loss=1, training=1, baselines=1)
 
 _ROOMS = dict(tagger=('features', 'soundscapes', 'encoders', 'training'), experts=('soundscapes', 'baselines'),
               ce=('soundscapes', 'baselines', 'loss'), moee=('soundscapes', 'baselines', 'loss'))
