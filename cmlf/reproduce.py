@@ -7,15 +7,16 @@ __all__ = ['ROWS', 'RUN_VERSION', 'ROOT', 'METRICS', 'TITLES', 'app', 'Row', 'ro
            'not_default', 'runs_folder', 'Lab', 'Run', 'NotRun', 'is_done', 'scores', 'runs_needed', 'pretty',
            'write_table', 'Report', 'write_credits', 'batch_figure', 'stage_figure', 'size_figure', 'curve_figure',
            'pick_queries', 'cards_html', 'provenance', 'write_index', 'notebook_of', 'check_parameters',
-           'check_executed', 'run_notebook', 'hide_paths', 'reproduce', 'reproduce_command', 'measure', 'estimate',
-           'print_plan', 'check_report', 'data_command', 'write_corpus', 'train_on', 'evaluate_on', 'train_command',
-           'evaluate_command', 'doctor', 'doctor_command', 'run_command', 'main']
+           'check_executed', 'run_notebook', 'hide_paths', 'jobs_for', 'reproduce', 'reproduce_command', 'measure',
+           'estimate', 'print_plan', 'check_report', 'data_command', 'write_corpus', 'train_on', 'evaluate_on',
+           'train_command', 'evaluate_command', 'doctor', 'doctor_command', 'run_command', 'main']
 
 # %% ../nbs/11_reproduce.ipynb #885ecebe
-import base64, csv, html, io, itertools, json, os, sys, time
+import base64, csv, html, io, itertools, json, multiprocessing, os, sys, time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -803,10 +804,74 @@ def _need_kernel():
     if 'python3' not in KernelSpecManager().find_kernel_specs():
         raise CmlfError('no Jupyter kernel named python3: install ipykernel in this environment')
 
+# %% ../nbs/11_reproduce.ipynb #03e387a0
+def jobs_for(profile, # a `Profile`
+             jobs:int=0, # runs at a time; 0: what suits the device
+            ) -> int:
+    "How many runs to train at a time."
+    if jobs < 0: raise CmlfError(f'jobs={jobs} should be the number of runs at a time, or 0')
+    return jobs or (min(4, os.cpu_count()) if device().type == 'cpu' and profile.width <= 16 else 1)
+
+@lru_cache(1)
+def _lab(*asked): return Lab(*asked) # a worker reads its corpus once
+
+def _train_one(asked, spec): _lab(*asked).run(spec)
+
+def _workers(jobs):
+    "A pool of fresh processes that share the cores."
+    threads = max(1, os.cpu_count() // jobs)
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), torch.set_num_threads, (threads,))
+
+# %% ../nbs/11_reproduce.ipynb #5a118196
+def _first_done(going):
+    "Wait for one of the futures; its error, if it has one, ends the others."
+    done, _ = wait(going, return_when=FIRST_COMPLETED)
+    try:
+        for f in done: f.result()
+    except BaseException:
+        for p in multiprocessing.active_children(): p.terminate()
+        raise
+    return done
+
+@patch
+def asked(self:Lab) -> tuple:
+    "What makes this lab again in another process."
+    return self.profile, str(self.runs), self.events, self.data, ' '.join(self.only)
+
+@patch
+def train_all(self:Lab, specs:list, # parents before children, as `runs_needed` gives them
+              jobs:int=1): # at a time
+    "Train what is not on the shelf, `jobs` runs at a time."
+    todo, going = [s for s in specs if not is_done(self, s)], {}
+    count = itertools.count(1)
+    tell = lambda spec, total=len(todo): say(f'{self.profile.name}: run {next(count)} of {total}, {spec.name}')
+    if jobs == 1 or len(todo) < 2:
+        for spec in todo: tell(spec); self.run(spec)
+        return
+    for split in ('train', 'val', 'test'): self.store(self.corpus.split(split)) # once, before all need it
+    with _workers(jobs) as pool:
+        while todo or going:
+            ready = [s for s in todo if not any(p in todo or p in going.values() for p in self.parents(s))]
+            for spec in ready[:jobs - len(going)]:
+                tell(spec); todo.remove(spec)
+                going[pool.submit(_train_one, self.asked(), spec)] = spec
+            for f in _first_done(going): del going[f]
+
+# %% ../nbs/11_reproduce.ipynb #9ab581c8
+def _table(n:int, asked:dict):
+    "Run a table's notebook; settings in force must be the ones asked for."
+    out = Path(asked['out'])
+    run_notebook(notebook_of(n), executed := out/'notebooks'/f'table{n}.ipynb', asked)
+    hide_paths(executed, [asked['runs'], out, asked['events'], asked['data'], ROOT])
+    in_force = read_json(out/f'table{n}.json')['in_force']
+    wanted = get_profile(asked['profile'], [t for t in asked['settings'].split('; ') if t]).asdict()
+    if in_force != wanted: raise CmlfError(f'table{n}.ipynb ran with other settings than were asked for: {in_force}')
+
 # %% ../nbs/11_reproduce.ipynb #3adb5fa9
 def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1, events:str='', runs:str='', data:str='', out:str='',
               settings=(), # texts KEY=VALUE
               only:str='', # names of runs, with *, that may be trained; '': all
+              jobs:int=0, # runs at a time; 0: what suits the device
              ) -> Path: # the report's page
     "Train what is missing, run the notebooks of `tables`, write the report."
     for n in tables: one_of(n, [1, 2, 3], 'table')
@@ -814,16 +879,12 @@ def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1, events:str='', 
     wanted = runs_needed(lab, tables, seeds)
     todo = [s for s in wanted if not is_done(lab, s)]
     say(f'{profile}: {len(wanted)} runs are needed, {len(wanted) - len(todo)} are stored in {lab.runs}')
-    for i, spec in enumerate(todo):
-        say(f'{profile}: run {i + 1} of {len(todo)}, {spec.name}')
-        lab.run(spec)
+    jobs = jobs_for(lab.profile, jobs)
+    lab.train_all(wanted, jobs)
     out = Path(out or ROOT/'reports'/profile).resolve()
     asked = dict(profile=profile, settings='; '.join(settings), seeds=seeds, events=str(events), runs=str(lab.runs), data=str(data), out=str(out), only=only)
-    for n in tables:
-        run_notebook(notebook_of(n), executed := out/'notebooks'/f'table{n}.ipynb', asked)
-        hide_paths(executed, [lab.runs, out, events, data, ROOT])
-        in_force = read_json(out/f'table{n}.json')['in_force']
-        if in_force != lab.profile.asdict(): raise CmlfError(f'table{n}.ipynb ran with other settings than were asked for: {in_force}')
+    with _workers(min(jobs, len(tables))) as pool:
+        for f in [pool.submit(_table, n, asked) for n in tables]: f.result()
     return write_index(out)
 
 # %% ../nbs/11_reproduce.ipynb #7f67a35d
@@ -847,6 +908,7 @@ def reproduce_command(
     out:str = typer.Option('', help='folder of the report (default: reports/PROFILE)'),
     set_:list[str] = typer.Option([], '--set', help='KEY=VALUE, a setting to change; repeat for more'),
     only:str = typer.Option('', help="train only runs of these names, as '*scratch* ce*'; cells of others show a dash"),
+    jobs:int = typer.Option(0, help='runs at a time (default: side by side on a CPU where trunks are narrow)'),
     plan:bool = typer.Option(False, '--plan', help='print the runs and stop'),
     check:bool = typer.Option(False, '--check', help='compare the report on disk with the stored runs and stop')):
     "Regenerate Tables I-III: train what is missing, reuse what exists, write the report."
@@ -856,7 +918,7 @@ def reproduce_command(
     lab = Lab(get_profile(profile, set_), runs, events, data, only)
     if plan: return print_plan(lab, numbers, seeds)
     if check: return check_report(lab, numbers, seeds, out)
-    index = reproduce(profile, numbers, seeds, events, runs, data, out, set_, only)
+    index = reproduce(profile, numbers, seeds, events, runs, data, out, set_, only, jobs)
     for f in sorted(index.parent.glob('table?.md')): print(f.read_text())
     print(f'report: {index}')
 
