@@ -188,8 +188,8 @@ PROFILES = {p.name: p for p in [
                    ce_dim=32),
     _small.replace(name='mini', n_train=600, n_val=150, n_test=250, width=8, epochs=8, stage_split=(3, 2, 3),
                    pretrain_epochs=6, pretrain_scenes=600),
-    _small.replace(name='field', corpus='recordings', n_train=1500, n_val=250, n_test=500, subset=250, seconds=6.0,
-                   hop=960, width=16, epochs=8, stage_split=(3, 1, 4), pretrain_epochs=6, pretrain_scenes=1500),
+    _small.replace(name='field', corpus='recordings', n_train=2000, n_val=250, n_test=500, subset=250, seconds=6.0,
+                   width=16, epochs=18, stage_split=(8, 4, 6), pretrain_epochs=8, pretrain_scenes=2000),
     Profile(name='audiocaps')]}
 
 # %% ../nbs/00_core.ipynb #821a6add
