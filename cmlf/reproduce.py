@@ -8,8 +8,9 @@ __all__ = ['ROWS', 'RUN_VERSION', 'ROOT', 'METRICS', 'TITLES', 'app', 'Row', 'ro
            'write_table', 'Report', 'write_credits', 'batch_figure', 'stage_figure', 'size_figure', 'curve_figure',
            'pick_queries', 'cards_html', 'provenance', 'write_index', 'notebook_of', 'check_parameters',
            'check_executed', 'run_notebook', 'hide_paths', 'jobs_for', 'reproduce', 'reproduce_command', 'measure',
-           'estimate', 'print_plan', 'check_report', 'data_command', 'write_corpus', 'train_on', 'evaluate_on',
-           'train_command', 'evaluate_command', 'doctor', 'doctor_command', 'run_command', 'main']
+           'estimate', 'print_plan', 'check_report', 'data_command', 'write_corpus', 'read_table', 'mine_command',
+           'train_on', 'evaluate_on', 'train_command', 'evaluate_command', 'doctor', 'doctor_command', 'run_command',
+           'main']
 
 # %% ../nbs/11_reproduce.ipynb #885ecebe
 import base64, csv, html, io, itertools, json, multiprocessing, os, sys, time
@@ -34,6 +35,7 @@ from .data import load_corpus
 from .encoders import DualEncoder, TextEncoder
 from .features import SAMPLE_RATE, LogMel, build_store
 from .metrics import retrieval, retrieval_from_similarity
+from .mining import mine
 from .soundscapes import compose, tagging_corpus
 from .training import (Pairs, Trainer, ancillary_vectors, curriculum_stages, embed, fit_tagger, joint_stages,
                            mean_average_precision)
@@ -268,6 +270,9 @@ def run(self:Lab, spec:Spec) -> Run:
                 self.train(spec, going, done)
     return Run(done)
 
+def _pool_told(lab): # what the run's scores were measured on; a corpus may come without a test set
+    return lab.corpus.split('test').pool if any(c.split == 'test' for c in lab.corpus.clips) else None
+
 @patch
 def train(self:Lab, spec:Spec, going:Path, done:Path):
     "Train `spec` in folder `going`, which becomes `done`."
@@ -277,7 +282,7 @@ def train(self:Lab, spec:Spec, going:Path, done:Path):
     about = how.get(spec.system, self.fit)(spec, going, log)
     origin = dict(commit=commit(), versions=versions(), machine=machine(), finished=time.strftime('%Y-%m-%d %H:%M:%S'))
     write_json(going/'run.json', dict(name=spec.name, key=self.key(spec), spec=asdict(spec), settings=relevant(self.profile, spec), profile=self.profile.asdict(),
-                                      corpus=dict(name=self.corpus.name, hash=self.corpus.hash), run_version=RUN_VERSION,
+                                      corpus=dict(name=self.corpus.name, hash=self.corpus.hash), pool=_pool_told(self), run_version=RUN_VERSION,
                                       minutes_last_session=(time.time() - start) / 60, **about, **origin))
     (going/'checkpoint.pt').unlink(missing_ok=True)
     os.replace(going, done)
@@ -420,6 +425,11 @@ def runs_needed(lab:Lab, numbers, seeds:int) -> list:
 #| export
 
 # %% ../nbs/11_reproduce.ipynb #277dc2f4
+def _pool(lab, first): # of the test set, or of its first clips
+    test = lab.corpus.split('test')
+    found = (test.only([c.id for c in test.clips[:first]]) if first else test).pool
+    return dict(coverage=found['coverage'], pool=found['hash'])
+
 def _ours(lab, row, seeds, first):
     try: runs = [lab.run(lab.spec_of(row, s)) for s in range(seeds)]
     except NotRun: return {}
@@ -429,7 +439,7 @@ def _ours(lab, row, seeds, first):
     history = runs[0].history
     return dict(zip(METRICS, values.mean(0).round(2))) | dict(
         {f'{m}_sd': v for m, v in zip(METRICS, values.std(0, ddof=1).round(2))} if len(runs) > 1 else {},
-        pool_clips=len(found[0].a2t_ranks), pool_captions=len(found[0].t2a_ranks), seeds=len(runs),
+        pool_clips=len(found[0].a2t_ranks), pool_captions=len(found[0].t2a_ranks), **_pool(lab, first), seeds=len(runs),
         epochs=int((history.stage <= (row.stage or 3)).sum()),
         audio_updates=updates[0], text_updates=updates[1],
         minutes=round(float(np.mean([r.about['minutes'] for r in runs])), 2), runs=' '.join(r.about['key'] for r in runs))
@@ -524,8 +534,8 @@ def notes(self:Report, frame) -> list:
     "What a reader must know beside the numbers."
     p, pool = self.lab.profile, frame.dropna(subset=['pool_clips']).iloc[0]
     but = f' but those of CE and MoEE ({p.ce_epochs})' if self.number == 1 else ''
-    common = [f'Ours: {pool.pool_clips} test clips, {pool.pool_captions} captions; {p.epochs} epochs in every row{but}, '
-              f'selected on validation; seeds: {self.seeds}. Paper: 957 clips, 4,785 captions.']
+    common = [f'Ours: {pool.coverage} of the test set ({pool.pool_captions} captions, pool {pool.pool}); {p.epochs} epochs in '
+              f'every row{but}, selected on validation; seeds: {self.seeds}. Paper: 957 clips, 4,785 captions.']
     if frame.pool_clips.isna().any(): common.append('A dash under ours: that run was left out.')
     if not self.real: common.append("Another corpus and narrower encoders than the paper's: its columns are for orientation.")
     return common + _NOTES[self.number]
@@ -695,7 +705,7 @@ def cards_html(cards:list, out, # folder the files lie in
 _STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;font-size:13.5px;margin:1em 0}th,td{padding:.3em .55em;text-align:right;border-bottom:1px solid #ddd}
 th{border-bottom:1px solid #888}thead tr:first-child th{text-align:center;border-bottom:none;color:#555}
-td:first-child,td:nth-child(2),td:nth-child(3){text-align:left}.scroll{overflow-x:auto}figure{margin:1.2em 0}figure img{max-width:100%}
+table:not(.cards) td{white-space:nowrap}td:first-child,td:nth-child(2),td:nth-child(3){text-align:left}.scroll{overflow-x:auto}figure{margin:1.2em 0}figure img{max-width:100%}
 figcaption,.notes,small{color:#555}.cards td{text-align:left;vertical-align:top;max-width:300px}.query{font-size:16px;width:260px}
 audio{width:220px;height:32px}h1{line-height:1.2}h2{margin-top:2em}code{background:#f3f3f3;padding:.1em .3em}'''
 
@@ -1049,6 +1059,32 @@ def write_corpus(corpus, out) -> Path:
     text = io.StringIO(); csv.writer(text).writerows(rows)
     write_text(out/'manifest.csv', text.getvalue())
     return out/'manifest.csv'
+
+# %% ../nbs/11_reproduce.ipynb #01e7da37
+def read_table(path, what:str) -> np.ndarray:
+    "The array in a .npy file; nothing in it is run."
+    if not Path(path).is_file(): raise CmlfError(f'{path}: no such file; give {what} as written by numpy.save')
+    try: return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise CmlfError(f'{path}: holds no array of numbers; give {what} as written by numpy.save') from None
+
+@app.command('mine')
+def mine_command(vectors:str = typer.Argument(..., help='.npy file, (N, d) numbers'),
+                 batch_size:int = typer.Option(32, help='B'),
+                 kind:str = typer.Option('hard', help='easy, random, median or hard'),
+                 out:str = typer.Option('', help='write the batches here: .npy, (M, B) int64'),
+                 groups:str = typer.Option('', help='.npy file, (N,) whole numbers: members of one group never share a batch'),
+                 seed:int = typer.Option(0), epoch:int = typer.Option(0, help='other batches of equal quality'),
+                 sweeps:int = typer.Option(None, help='effort, in passes over all vectors'),
+                 as_json:bool = typer.Option(False, '--json', help='for machines')):
+    "Mine batches from vectors of your own."
+    if out and Path(out).suffix != '.npy': raise CmlfError(f'{out}: batches are written as .npy; name the file so')
+    apart = read_table(groups, 'groups') if groups else None
+    found = mine(read_table(vectors, 'vectors'), batch_size, kind, seed=seed, epoch=epoch, groups=apart, sweeps=sweeps)
+    if out:
+        with atomic_path(out) as tmp, open(tmp, 'wb') as f: np.save(f, found.batches)
+    facts = found.summary() | dict(out=out)
+    print(json.dumps(facts, indent=1) if as_json else '\n'.join(f'{k}: {v}' for k, v in facts.items()))
 
 # %% ../nbs/11_reproduce.ipynb #01ee16cf
 def train_on(data, # corpus on disk

@@ -27,6 +27,9 @@ def assert_refused(done, *words):
     (['reproduce', '--tables', '1,7'], ['7', '1, 2, 3']),
     (['reproduce', '--tables', 'one'], ['one']),
     (['reproduce', '--seeds', '0'], ['seeds']),
+    (['reproduce', '--jobs', '-1'], ['jobs=-1']),
+    (['mine', '/no/such.npy'], ['/no/such.npy', 'numpy.save']),
+    (['mine', __file__], ['test_reproduce.py', 'holds no array']),
     (['reproduce', '--profile', 'field', '--events', '/no/such/folder'], ['/no/such/folder']),
     (['reproduce', '--profile', 'audiocaps'], ['--data']),
     (['reproduse'], ['reproduse']),
@@ -42,7 +45,7 @@ def test_an_empty_folder_of_recordings_is_named(tmp_path):
     assert_refused(cmlf('reproduce', '--profile', 'field', '--events', tmp_path), str(tmp_path))
 
 def test_help_of_every_command():
-    for command in ('reproduce', 'data'): assert cmlf(command, '--help').returncode == 0
+    for command in ('reproduce', 'data', 'mine', 'train', 'evaluate', 'doctor'): assert cmlf(command, '--help').returncode == 0
 
 @pytest.fixture(scope='module')
 def report(tmp_path_factory):
@@ -111,6 +114,20 @@ def test_the_page_in_a_browser(report, tmp_path):
     subprocess.run([chromium, *flags, f'--screenshot={shot}', page], capture_output=True, timeout=120, check=True)
     import matplotlib.image
     assert matplotlib.image.imread(shot)[..., :3].std() > 0.05   # a page, not a blank
+
+def test_mine_your_own_vectors(tmp_path):
+    vectors, groups, out = (tmp_path/f'{name}.npy' for name in ('vectors', 'groups', 'batches'))
+    np.save(vectors, np.random.default_rng(0).normal(size=(100, 8)))
+    np.save(groups, np.arange(100) // 4)
+    done = cmlf('mine', vectors, '--batch-size', 16, '--kind', 'hard', '--groups', groups, '--out', out, '--json')
+    facts, batches = json.loads(done.stdout), np.load(out)
+    assert batches.dtype == np.int64 and batches.shape == (6, 16) and facts['dropped'] == 4
+    assert len(np.unique(batches)) == 96 and all(len(set(b // 4)) == 16 for b in batches)
+    assert facts['objective'] <= facts['bound'] and facts['gap'] == pytest.approx(facts['bound'] - facts['objective'])
+    assert_refused(cmlf('mine', vectors, '--kind', 'hardest'), 'hardest', 'hard')
+    assert_refused(cmlf('mine', vectors, '--out', tmp_path/'batches.csv'), 'batches.csv', '.npy')
+    np.save(vectors, np.full((40, 3), np.nan))
+    assert_refused(cmlf('mine', vectors), 'vector 0', 'not finite')
 
 @pytest.fixture(scope='module')
 def own_sounds(tmp_path_factory):
