@@ -13,7 +13,7 @@ __all__ = ['ROWS', 'RUN_VERSION', 'ROOT', 'METRICS', 'TITLES', 'app', 'Row', 'ro
            'main']
 
 # %% ../nbs/11_reproduce.ipynb #885ecebe
-import base64, csv, html, io, itertools, json, multiprocessing, os, sys, time
+import base64, contextlib, csv, html, io, itertools, json, multiprocessing, os, signal, sys, time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -827,22 +827,24 @@ def _lab(*asked): return Lab(*asked) # a worker reads its corpus once
 
 def _train_one(asked, spec): _lab(*asked).run(spec)
 
-def _workers(jobs):
-    "A pool of fresh processes that share the cores."
-    threads = max(1, os.cpu_count() // jobs)
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), torch.set_num_threads, (threads,))
 
-# %% ../nbs/11_reproduce.ipynb #5a118196
-def _first_done(going):
-    "Wait for one of the futures; its error, if it has one, ends the others."
-    done, _ = wait(going, return_when=FIRST_COMPLETED)
-    try:
-        for f in done: f.result()
+# %% ../nbs/11_reproduce.ipynb #a43e5ce0
+def _start_worker(threads):
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN) # whoever started it stops it
+
+@contextlib.contextmanager
+def _workers(jobs):
+    "A pool of fresh processes that share the cores; they end at once where the block fails or is stopped."
+    threads = max(1, os.cpu_count() // jobs)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), _start_worker, (threads,))
+    try: yield pool
     except BaseException:
         for p in multiprocessing.active_children(): p.terminate()
         raise
-    return done
+    finally: pool.shutdown()
 
+# %% ../nbs/11_reproduce.ipynb #5a118196
 @patch
 def asked(self:Lab) -> tuple:
     "What makes this lab again in another process."
@@ -865,7 +867,9 @@ def train_all(self:Lab, specs:list, # parents before children, as `runs_needed` 
             for spec in ready[:jobs - len(going)]:
                 tell(spec); todo.remove(spec)
                 going[pool.submit(_train_one, self.asked(), spec)] = spec
-            for f in _first_done(going): del going[f]
+            for f in wait(going, return_when=FIRST_COMPLETED).done:
+                del going[f]
+                f.result() # raises what the run raised
 
 # %% ../nbs/11_reproduce.ipynb #9ab581c8
 def _table(n:int, asked:dict):
@@ -886,10 +890,10 @@ def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1, events:str='', 
     "Train what is missing, run the notebooks of `tables`, write the report."
     for n in tables: one_of(n, [1, 2, 3], 'table')
     lab = Lab(get_profile(profile, settings), runs, events, data, only)
+    jobs = jobs_for(lab.profile, jobs)
     wanted = runs_needed(lab, tables, seeds)
     todo = [s for s in wanted if not is_done(lab, s)]
     say(f'{profile}: {len(wanted)} runs are needed, {len(wanted) - len(todo)} are stored in {lab.runs}')
-    jobs = jobs_for(lab.profile, jobs)
     lab.train_all(wanted, jobs)
     out = Path(out or ROOT/'reports'/profile).resolve()
     asked = dict(profile=profile, settings='; '.join(settings), seeds=seeds, events=str(events), runs=str(lab.runs), data=str(data), out=str(out), only=only)
