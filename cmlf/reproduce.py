@@ -797,7 +797,8 @@ def run_notebook(path, output, # the notebook; where the executed one goes
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(str(path), str(output), parameters, kernel_name='python3', progress_bar=False,
-                                   stderr_file=sys.stderr, cwd=str(Path(path).parent))
+                                   stderr_file=sys.stderr, cwd=str(Path(path).parent),
+                                   extra_arguments=['--log-level=ERROR']) # a local kernel's warning about its port
     except papermill.PapermillExecutionError as e:
         raise CmlfError(f'{path}: cell {e.exec_count} failed with {e.ename}: {e.evalue} (see {output})') from None
     check_executed(output)
