@@ -39,7 +39,8 @@ def curriculum_stages(profile:Profile, # its `stage_epochs` and `curriculum`
                      ) -> list:
     "3CMLF's three stages (II-E)."
     kinds = profile.curriculum if chm else ('random',) * 3
-    return [Stage(k, who, n) for k, who, n in zip(kinds, ('audio', 'text', 'both'), profile.stage_epochs)]
+    return [Stage(k, who, n)
+            for k, who, n in zip(kinds, ('audio', 'text', 'both'), profile.stage_epochs)]
 
 # %% ../nbs/08_training.ipynb #27920007
 class Tokens:
@@ -72,11 +73,13 @@ class Pairs:
            model, # whose text encoder tokenises
           ):
         "The pairs of a corpus."
-        return cls(store, Tokens(model.text, corpus.captions), np.asarray(corpus.owner), corpus.groups())
+        return cls(store, Tokens(model.text, corpus.captions), np.asarray(corpus.owner),
+                   corpus.groups())
 
     def draw_captions(self, generator) -> np.ndarray:
-        "(N,) one caption of each clip, drawn anew: which one a clip with several shows in this epoch."
-        counts = np.bincount(self.owner, minlength=len(self))  # captions lie in the order of their clips
+        "(N,) one caption of each clip, drawn anew: which one it shows in this epoch."
+        # captions lie in the order of their clips
+        counts = np.bincount(self.owner, minlength=len(self))
         return np.cumsum(counts) - counts + generator.integers(0, counts)
 
 # %% ../nbs/08_training.ipynb #51b4c8f1
@@ -86,7 +89,7 @@ def encode(module, # an encoder, or an encoder with its head
            n:int, # how many there are
            batch:int=64, amp:bool=True, dev=None,
           ) -> torch.Tensor: # (n, d) float32, on the device
-    "Everything through `module` in eval mode; long captions are batched with long ones, as padding costs."
+    "Everything through `module` in eval mode; captions are batched by length, as padding costs."
     dev = dev or device()
     was, out = module.training if isinstance(module, nn.Module) else None, None
     if was: module.eval()
@@ -100,6 +103,7 @@ def encode(module, # an encoder, or an encoder with its head
     if was: module.train()
     return out
 
+# %% ../nbs/08_training.ipynb #ee015859
 def _to(x, dev):
     if isinstance(x, dict): return {k: v.to(dev, non_blocking=True) for k, v in x.items()}
     return x.to(dev, non_blocking=True)
@@ -136,13 +140,14 @@ def lr_factor(profile:Profile, # its `schedule`
              ) -> float:
     "What the learning rate is multiplied by."
     if profile.schedule == 'cosine':
-        warm = min(1.0, (done + 1e-3) / (0.05 * total)) # Adam's first steps are rough on a pre-trained BERT
+        # Adam's first steps are rough on a pre-trained BERT
+        warm = min(1.0, (done + 1e-3) / (0.05 * total))
         return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done / total)))
     return 0.1 ** int(done // profile.lr_step) if profile.schedule == 'step' else 1.0
 
 # %% ../nbs/08_training.ipynb #abc1d8cc
 class Trainer:
-    "Train `model` through `stages`; `fit` returns the history, resuming from `checkpoint` if there is one."
+    "Train `model` through `stages`; `fit` gives the history, resuming from `checkpoint` if there."
     def __init__(self, model, # a `DualEncoder`
                  train:Pairs, val:Pairs, profile:Profile, stages:list, # of `Stage`
                  seed:int=0, vectors=None, # (N, d) ancillary vectors, needed where a stage is mined
@@ -152,7 +157,8 @@ class Trainer:
                  log=say): # called with one line per epoch
         self.model, self.train, self.val, self.test, self.profile = model, train, val, test, profile
         self.stages, self.seed, self.vectors, self.log = stages, seed, vectors, log
-        self.dev, self.checkpoint, self.save_every = device(), checkpoint and Path(checkpoint), save_every
+        self.dev, self.checkpoint, self.save_every = (
+            device(), checkpoint and Path(checkpoint), save_every)
         self.stage = self.epoch = 0
         self.history, self.ends, self.best, self.saved = [], [], (-1.0, None), time.monotonic()
         self.optimiser = self.loss = None
@@ -162,11 +168,15 @@ class Trainer:
 # %% ../nbs/08_training.ipynb #c7bd229c
 def _check_trainer(t):
     mined = [s.kind for s in t.stages if s.kind != 'random']
-    if mined and t.vectors is None: raise CmlfError(f'{mined[0]} batches are mined: give ancillary vectors, one per training pair')
+    if mined and t.vectors is None:
+        raise CmlfError(f'{mined[0]} batches are mined: give ancillary vectors, '
+                        'one per training pair')
     if t.vectors is not None and len(t.vectors) != len(t.train):
-        raise CmlfError(f'{len(t.vectors)} ancillary vectors for {len(t.train)} training pairs: one each is needed')
+        raise CmlfError(f'{len(t.vectors)} ancillary vectors for {len(t.train)} training pairs: '
+                        'one each is needed')
     if len(t.train) < t.profile.batch_size:
-        raise CmlfError(f'{len(t.train)} training pairs do not fill a batch of {t.profile.batch_size}: lower batch_size')
+        raise CmlfError(f'{len(t.train)} training pairs do not fill a batch of '
+                        f'{t.profile.batch_size}: lower batch_size')
 
 # %% ../nbs/08_training.ipynb #a13e4cfd
 @patch
@@ -180,13 +190,16 @@ def batches(self:Trainer) -> np.ndarray:
                  groups=self.train.groups if p.groups else None)
     return rng(self.seed, 'order', self.stage, self.epoch).permutation(found.batches)
 
+# %% ../nbs/08_training.ipynb #5eb61bbb
 @patch
 def joint_space(self:Trainer, clips, captions):
     "Both sides of a batch in the joint space, (B, d) each, a frozen encoder's from memory."
     m = self.model
     with autocast(self.dev, self.profile.amp):
-        x = self.heard[clips] if self.heard is not None else m.audio(self.train.store[clips].to(self.dev))
-        y = self.read[captions] if self.read is not None else m.text(_to(self.train.tokens[captions], self.dev))
+        x = (self.heard[clips] if self.heard is not None
+             else m.audio(self.train.store[clips].to(self.dev)))
+        y = (self.read[captions] if self.read is not None
+             else m.text(_to(self.train.tokens[captions], self.dev)))
         return m.audio_head(x), m.text_head(y)
 
 # %% ../nbs/08_training.ipynb #e5f67bbf
@@ -194,16 +207,19 @@ def joint_space(self:Trainer, clips, captions):
 def step(self:Trainer, clips, captions, done) -> torch.Tensor:
     "One update; the loss, still on the device."
     p, opt = self.profile, self.optimiser
-    scheduled = self.stages[self.stage].epochs if p.restart_schedule else sum(s.epochs for s in self.stages)
+    scheduled = (self.stages[self.stage].epochs if p.restart_schedule
+                 else sum(s.epochs for s in self.stages))
     before = 0 if p.restart_schedule else sum(s.epochs for s in self.stages[:self.stage])
     for g in opt.param_groups: g['lr'] = g['peak'] * lr_factor(p, before + done, scheduled)
     loss = self.loss(*self.joint_space(clips, captions))
     opt.zero_grad(set_to_none=True)
     loss.backward()
-    if p.clip_norm: nn.utils.clip_grad_norm_([q for g in opt.param_groups for q in g['params']], p.clip_norm)
+    if p.clip_norm:
+        nn.utils.clip_grad_norm_([q for g in opt.param_groups for q in g['params']], p.clip_norm)
     opt.step()
     return loss.detach()
 
+# %% ../nbs/08_training.ipynb #bccf5d4d
 @patch
 def one_epoch(self:Trainer) -> float:
     "All batches once; the mean loss."
@@ -222,19 +238,25 @@ def start_stage(self:Trainer):
     m.train_only(s.learns, freeze_head=p.freeze_head)
     self.loss = get_loss(p.loss, tau=p.tau, k=p.hardest) # Eq. 4, unless a run shows claim C6
     kw = dict(amp=p.amp, dev=self.dev)
-    self.heard = encode(m.audio, self.train.store, len(self.train), **kw) if s.learns == 'text' else None
-    self.read = encode(m.text, self.train.tokens, len(self.train.tokens), **kw) if s.learns == 'audio' else None
+    self.heard = (encode(m.audio, self.train.store, len(self.train), **kw)
+                  if s.learns == 'text' else None)
+    self.read = (encode(m.text, self.train.tokens, len(self.train.tokens), **kw)
+                 if s.learns == 'audio' else None)
     text = [q for q in m.text.parameters() if q.requires_grad]
-    other = [q for n, q in m.named_parameters() if q.requires_grad and not n.startswith('text.')]
-    groups = [dict(params=ps, lr=lr, peak=lr) for ps, lr in ((other, p.lr), (text, p.text_lr)) if ps]
+    other = [q for n, q in m.named_parameters()
+             if q.requires_grad and not n.startswith('text.')]
+    groups = [dict(params=ps, lr=lr, peak=lr)
+              for ps, lr in ((other, p.lr), (text, p.text_lr)) if ps]
     self.optimiser = torch.optim.Adam(groups, fused=True)
 
+# %% ../nbs/08_training.ipynb #747c6959
 @patch
 def end_stage(self:Trainer):
     "Back to the best epoch, which is what the stage leaves behind."
     self.model.load_state_dict(self.best[1])
     end = dict(stage=self.stage + 1, val=self.best[0])
-    if self.test is not None: end['audio'], end['text'] = embed(self.model, self.test, amp=self.profile.amp, dev=self.dev)
+    if self.test is not None:
+        end['audio'], end['text'] = embed(self.model, self.test, amp=self.profile.amp, dev=self.dev)
     self.ends.append(end)
     self.stage, self.epoch, self.best = self.stage + 1, 0, (-1.0, None)
 
@@ -254,39 +276,48 @@ def fit(self:Trainer) -> list:
         resumed = None
     return self.history
 
+# %% ../nbs/08_training.ipynb #d27942e5
 @patch
 def report(self:Trainer, start, loss):
     "Score the epoch on val, remember it if it is the best so far, and say so."
     s = self.stages[self.stage]
     trained = time.monotonic() - start
-    found = retrieval(*embed(self.model, self.val, amp=self.profile.amp, dev=self.dev), self.val.owner)
+    found = retrieval(*embed(self.model, self.val, amp=self.profile.amp, dev=self.dev),
+                      self.val.owner)
     if found.score > self.best[0]:
-        self.best = found.score, {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.best = found.score, {k: v.detach().clone()
+                                  for k, v in self.model.state_dict().items()}
     n = len(self.train) // self.profile.batch_size
-    row = dict(stage=self.stage + 1, epoch=self.epoch + 1, kind=s.kind, learns=s.learns, loss=loss, val=found.score,
-               t2a_r1=found.t2a['R@1'], a2t_r1=found.a2t['R@1'], audio_updates=n * (s.learns != 'text'),
-               text_updates=n * (s.learns != 'audio'), seconds=trained, val_seconds=time.monotonic() - start - trained)
+    row = dict(stage=self.stage + 1, epoch=self.epoch + 1, kind=s.kind, learns=s.learns, loss=loss,
+               val=found.score, t2a_r1=found.t2a['R@1'], a2t_r1=found.a2t['R@1'],
+               audio_updates=n * (s.learns != 'text'), text_updates=n * (s.learns != 'audio'),
+               seconds=trained, val_seconds=time.monotonic() - start - trained)
     self.history.append(row)
-    self.log(f"stage {row['stage']} ({s.kind}, {s.learns} learns) epoch {row['epoch']}/{s.epochs}: loss {loss:.3f}, "
-             f"val {found.score:.1f}, {trained:.0f} s")
+    self.log(f"stage {row['stage']} ({s.kind}, {s.learns} learns) epoch {row['epoch']}/{s.epochs}: "
+             f"loss {loss:.3f}, val {found.score:.1f}, {trained:.0f} s")
 
 # %% ../nbs/08_training.ipynb #408f3db4
 @patch
 def save(self:Trainer):
     "Everything that the epochs to come depend on, all or nothing."
     if not self.checkpoint: return
-    state = dict(model=self.model.state_dict(), optimiser=self.optimiser.state_dict(), best=self.best, ends=self.ends,
-                 stage=self.stage, epoch=self.epoch, history=self.history, plan=self.plan)
+    state = dict(model=self.model.state_dict(), optimiser=self.optimiser.state_dict(),
+                 best=self.best, ends=self.ends, stage=self.stage, epoch=self.epoch,
+                 history=self.history, plan=self.plan)
     with atomic_path(self.checkpoint) as tmp: torch.save(state, tmp)
     self.saved = time.monotonic()
 
+# %% ../nbs/08_training.ipynb #bc7436bf
 @patch
 def resume(self:Trainer):
     "The saved state, put in place; None where there is none."
     if not (self.checkpoint and self.checkpoint.exists()): return None
     try: state = torch.load(self.checkpoint, map_location=self.dev, weights_only=True)
-    except Exception as e: raise CmlfError(f'{self.checkpoint}: not a usable checkpoint ({e}); delete it') from None
-    if state['plan'] != self.plan: raise CmlfError(f'{self.checkpoint}: made with other settings; delete it or choose another folder')
+    except Exception as e:
+        raise CmlfError(f'{self.checkpoint}: not a usable checkpoint ({e}); delete it') from None
+    if state['plan'] != self.plan:
+        raise CmlfError(f'{self.checkpoint}: made with other settings; '
+                        'delete it or choose another folder')
     self.model.load_state_dict(state['model'])
     for key in ('best', 'ends', 'stage', 'epoch', 'history'): setattr(self, key, state[key])
     self.log(f'resumed after stage {self.stage + 1}, epoch {self.epoch}')
@@ -311,15 +342,20 @@ def fit_tagger(trunk, # an encoder with `n_out`: (B, frames, mels) -> (B, n_out)
     steps = len(tags) // batch
     if not steps: raise CmlfError(f'{len(tags)} tagged scenes do not fill a batch of {batch}')
     optimiser = torch.optim.Adam([*trunk.parameters(), *head.parameters()], lr=lr, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=epochs * steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=epochs * steps,
+                                                   pct_start=0.1)
     for epoch in range(epochs):
         start, losses = time.monotonic(), []
-        for part in rng(seed, 'tagger', epoch).permutation(len(tags))[:steps * batch].reshape(steps, batch):
-            losses.append(_tag_step(trunk, head, store[part].to(dev), tags[part].to(dev), optimiser, amp))
+        for part in rng(seed, 'tagger', epoch).permutation(
+                len(tags))[:steps * batch].reshape(steps, batch):
+            losses.append(_tag_step(trunk, head, store[part].to(dev), tags[part].to(dev),
+                                    optimiser, amp))
             schedule.step()
-        log(f'tagger epoch {epoch + 1}/{epochs}: loss {float(torch.stack(losses).mean()):.3f}, {time.monotonic() - start:.0f} s')
+        log(f'tagger epoch {epoch + 1}/{epochs}: loss {float(torch.stack(losses).mean()):.3f}, '
+            f'{time.monotonic() - start:.0f} s')
     return head
 
+# %% ../nbs/08_training.ipynb #fcf44ea2
 def _tag_step(trunk, head, x, tags, optimiser, amp):
     with autocast(x.device, amp): y = trunk(x)
     loss = nn.functional.binary_cross_entropy_with_logits(head(y.float()), tags)
