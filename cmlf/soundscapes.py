@@ -68,6 +68,7 @@ def _beats(r, seconds, rate, loose=.1):
         at += r.uniform(1 - loose, 1 + loose)/rate
     return times
 
+# %% ../nbs/03_soundscapes.ipynb #9a458e5b
 def _place(r, sounds, times, seconds):
     "The `sounds` in turn at `times`, each a little louder or softer."
     out = np.zeros(_n(seconds))
@@ -174,6 +175,7 @@ def _sea_waves(r, seconds, rate, pitch):
     x = _noise(r, seconds)
     return (.15 + swell)*_band(x, 150, 1800) + swell**3*_band(x, 2000, 6000)
 
+# %% ../nbs/03_soundscapes.ipynb #b950bac9
 @_event
 def _water_drops(r, seconds, rate, pitch):
     n, f0 = _n(.09), pitch*r.uniform(850, 1050)
@@ -348,6 +350,7 @@ def _crying_baby(r, seconds, rate, pitch):
     wail = (_band(_saw(f), 900*pitch, 1700*pitch) + .8*_band(_saw(f), 2800, 4200))*_hump(n)
     return _repeat(r, [wail], seconds, rate*r.uniform(.95, 1.05))
 
+# %% ../nbs/03_soundscapes.ipynb #15b3521d
 @_event
 def _laughing(r, seconds, rate, pitch):
     n, f0 = _n(.12/max(1, rate)**.5), pitch*r.uniform(230, 270)
@@ -368,6 +371,7 @@ class Kind:
     clauses:tuple     # 'a dog barks/barking'
     nouns:tuple       # 'barking of a dog', to be read after 'the'
 
+# %% ../nbs/03_soundscapes.ipynb #1a8690fd
 EVENTS = {}
 _ATTRIBUTES = dict(v=('loud', 'faint'), d=('distant',), p=('high', 'low'), r=('fast', 'slow'))
 
@@ -485,6 +489,7 @@ _kinds('alarms and bells', '''
     doorbell vp: chime of a doorbell; ringing of a doorbell; ding-dong of a doorbell
     a doorbell rings/ringing; a doorbell chimes/chiming; someone rings/ringing a doorbell''')
 
+# %% ../nbs/03_soundscapes.ipynb #8e7e341e
 _kinds('people', '''
     crying_baby vdp: crying of a baby; wailing of an infant; sound of a baby crying
     a baby cries/crying; an infant wails/wailing; a baby bawls/bawling
@@ -513,6 +518,7 @@ _kinds('people', '''
 SPLITS = 'train', 'val', 'test'
 _FACTORS = dict(fast=(1.8, 1), slow=(.55, 1), high=(1, 1.55), low=(1, .62))  # (rate, pitch)
 
+# %% ../nbs/03_soundscapes.ipynb #fa049eb0
 @dataclass(frozen=True)
 class Library:
     "Kinds of event, the sources of each split, and a way to play one."
@@ -544,13 +550,9 @@ class Library:
         if self.both or 'high' not in a: return a
         return tuple(x for x in a if x not in ('fast', 'slow'))
 
-    def render(self,
-               kind:str,     # one of `kinds`
-               source:str,   # one of `sources[split][kind]`
-               seconds:float, # length
-               attribute:str='', # '' for the kind's normal
-               r=None,       # random stream for what the take leaves open
-              ):
+    def render(self, kind:str, source:str, # one of `sources[split][kind]`
+               seconds:float, attribute:str='', # '' for the kind's normal
+               r=None): # random stream for what the take leaves open
         "The event alone: `round(seconds*32000)` samples at the kind's loudness for this attribute."
         rate, pitch = _FACTORS.get(attribute, (1, 1))
         r = r or rng(0, 'render', source)
@@ -565,6 +567,7 @@ def level(x) -> float:
     e = np.square(np.pad(x, (0, -len(x) % block))).reshape(-1, block).mean(1)
     return float(np.sqrt(e[e >= e.max()/100].mean()))
 
+# %% ../nbs/03_soundscapes.ipynb #5069d00c
 @functools.lru_cache(None)
 def _echo(n):
     "The spectrum of half a second of fading, muffled noise behind a weak direct sound."
@@ -625,9 +628,11 @@ def _from_csv(folder):
             raise CmlfError(f'{where}: {path} is missing; unpack the archive again')
         yield _kind_of(row['category'], where), _fold(row['fold'], where), path
 
+# %% ../nbs/03_soundscapes.ipynb #a1fca09c
 def _from_folders(folder):
     "(kind, fold, path) of every recording in folders named after classes."
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and re.match(r'\d+\s*-\s*\S', p.name))
+    classes = sorted(p for p in folder.iterdir()
+                     if p.is_dir() and re.match(r'\d+\s*-\s*\S', p.name))
     for sub in classes:
         files = sorted(p for p in sub.iterdir() if p.suffix.lower() in _AUDIO)
         if not files:
@@ -648,6 +653,7 @@ def read_credits(folder) -> dict:
             found[stem] = re.sub(r'\[(.*)\]\(', r'\1 (', credit).replace('*', '').strip()
     return found
 
+# %% ../nbs/03_soundscapes.ipynb #0537efc6
 def _credit(credits, path):
     stem = '-'.join(path.stem.split('-')[:3])
     return f'{path.name}: {credits.get(stem, "no credit found in README.md or LICENSE")}'
@@ -666,6 +672,7 @@ def _check(folder, sources):
                 raise CmlfError(f'{folder}: class {k!r} has too few sources: none for {split}; '
                                 f'add one of fold {folds}')
 
+# %% ../nbs/03_soundscapes.ipynb #129e414e
 def _sources(folder, rows):
     "Split -> kind -> paths relative to `folder`, kinds in order of name."
     sources = {s: {} for s in SPLITS}
@@ -681,6 +688,7 @@ def _trim(x, path):
     if not len(heard): raise CmlfError(f'{path}: silent; remove it or record it again')
     return x[heard[0]:heard[-1] + 1]
 
+# %% ../nbs/03_soundscapes.ipynb #1a45ca48
 def _stretch(x, n, r):
     "`n` samples of the longer `x`, from where something is heard."
     block = SAMPLE_RATE//100
@@ -691,6 +699,7 @@ def _stretch(x, n, r):
     starts = np.flatnonzero(inside >= inside.max()/4)
     return x[starts[r.integers(len(starts))]*block:][:n]
 
+# %% ../nbs/03_soundscapes.ipynb #e1679898
 def _fill(x, n, lasting, r):
     "`n` samples made of the shorter `x`: looped, or played again after pauses."
     pause = 0 if lasting else round(r.uniform(.25, .6)*SAMPLE_RATE)
@@ -728,6 +737,7 @@ def events_folder(events_dir=None) -> Path:
     if not Path(given).is_dir(): raise CmlfError(f'{given}: no such folder; {fix}')
     return Path(given).resolve()
 
+# %% ../nbs/03_soundscapes.ipynb #e53fbf8a
 @functools.lru_cache(4)
 def recording_library(folder) -> Library:
     "Library B from a folder in ESC-10's or ESC-50's layout; folds 1-3 train, 4 val, 5 test."
@@ -739,7 +749,8 @@ def recording_library(folder) -> Library:
     credits, paths = read_credits(folder), {p.relative_to(folder).as_posix(): p for _, _, p in rows}
     version = content_hash(sorted((name, p.stat().st_size) for name, p in paths.items()))
     sources = {s: {k: tuple(sources[s][k]) for k in sorted(sources[s])} for s in SPLITS}
-    return Library('soundscapes from recordings', sources, _player(folder), f'recordings-2-{version}',
+    return Library('soundscapes from recordings', sources, _player(folder),
+                   f'recordings-2-{version}',
                    {name: _credit(credits, p) for name, p in paths.items()}, both=False)
 
 # %% ../nbs/03_soundscapes.ipynb #e734cb24
@@ -777,6 +788,7 @@ def _attribute(r, library, kind, relation, place):
     if relation == 'background': known = [a for a in known if a not in _LEVELS]
     return _pick(r, known) if known and r.integers(2) else ''
 
+# %% ../nbs/03_soundscapes.ipynb #75cdeeb2
 def _draw(r, library):
     "A fresh scene without sources."
     relation, left, events = _pick(r, _ODDS), list(library.kinds), []
@@ -799,19 +811,23 @@ def _vary(r, library, scene):
         events[i] = Event(kind, _attribute(r, library, kind, relation, i))
     return Scene(relation, tuple(Event(e.kind, e.attribute) for e in events))
 
+# %% ../nbs/03_soundscapes.ipynb #7eee5909
 def _sensible(scene):
     "No kind twice; a background lasts and is plain, and nothing drowns what it sounds with."
     kinds, attributes = zip(*((e.kind, e.attribute) for e in scene.events))
     if len(set(kinds)) < len(kinds): return False
-    if scene.relation == 'while' and 'loud' in attributes: return not {*_LEVELS[1:]} & {*attributes}
+    if scene.relation == 'while' and 'loud' in attributes:
+        return not {*_LEVELS[1:]} & {*attributes}
     if scene.relation != 'background': return True
     return EVENTS[kinds[1]].lasting and not attributes[1] and attributes[0] not in _LEVELS
 
 # %% ../nbs/03_soundscapes.ipynb #fb47bbb2
 def _cast(r, library, split, events):
     "The events, each with a source of the split."
-    return tuple(Event(e.kind, e.attribute, _pick(r, library.sources[split][e.kind])) for e in events)
+    return tuple(Event(e.kind, e.attribute, _pick(r, library.sources[split][e.kind]))
+                 for e in events)
 
+# %% ../nbs/03_soundscapes.ipynb #ca36334a
 def draw_scenes(library:Library, # what can sound
                 split:str, # whose sources sound
                 n:int, # how many scenes
@@ -875,6 +891,7 @@ _ADJECTIVES = dict(loud=('loud', 'very loud', 'noisy'), faint=('faint', 'quiet',
                    distant=('distant', 'faraway', 'remote'))
 _PREPOSITIONS = 'at from in into on'.split()
 
+# %% ../nbs/03_soundscapes.ipynb #92c97c53
 def _clause(r, event, form):
     "The event as a clause (`form` 0) or a participle phrase (`form` 1)."
     words, a = _pick(r, EVENTS[event.kind].clauses).split(), event.attribute
@@ -901,6 +918,7 @@ _PATTERNS = {
     'row': ('c0, then c1, and finally c2', 'n0, followed by n1 and then n2',
             'first c0, next c1, and lastly c2', 'p0, then p1, and at the end p2')}
 
+# %% ../nbs/03_soundscapes.ipynb #d4184d66
 def _say(r, scene):
     events = list(scene.events)
     if scene.relation == 'while' and r.integers(2): events.reverse()
@@ -910,6 +928,7 @@ def _say(r, scene):
     text = re.sub(r'\b([cpn])([012])\b', form, _pick(r, _PATTERNS[scene.relation]))
     return text[0].upper() + text[1:] + '.'
 
+# %% ../nbs/03_soundscapes.ipynb #8efc962a
 def caption_scene(scene:Scene, # what to describe
                   n:int=1, # how many captions
                  ) -> tuple:
@@ -926,6 +945,7 @@ def _library(profile, events_dir):
     if corpus == 'synthesised': return synth_library()
     return recording_library(events_folder(events_dir))
 
+# %% ../nbs/03_soundscapes.ipynb #fd932012
 def _clip(scene, library, split, number, seconds, captions):
     raw = caption_scene(scene, captions)
     recipe = json.dumps(asdict(scene) | dict(seconds=seconds, library=library.version))
@@ -957,9 +977,11 @@ def compose(profile:Profile, # its corpus is 'synthesised' or 'recordings'
         if n < 1: raise CmlfError(f'setting n_{split}={n}: say how many scenes to compose')
         scenes = draw_scenes(library, split, n, profile.corpus_seed)
         parts.append((split, scenes, 1 if split == 'train' else 5))
-    about = f'Scenes of one to three of {len(library.kinds)} kinds of event, composed with captions.'
+    about = (f'Scenes of one to three of {len(library.kinds)} kinds of event, '
+             'composed with captions.')
     return _corpus(library, parts, profile.seconds, about)
 
+# %% ../nbs/03_soundscapes.ipynb #1b06490e
 def tagging_corpus(profile:Profile, # its `pretrain_scenes` says how many
                    events_dir=None, # folder of recordings; None: CMLF_ESC_DIR
                   ) -> Corpus:
