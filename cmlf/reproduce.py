@@ -7,10 +7,10 @@ __all__ = ['ROWS', 'RUN_VERSION', 'ROOT', 'METRICS', 'TITLES', 'app', 'Row', 'ro
            'not_default', 'runs_folder', 'Lab', 'Run', 'NotRun', 'is_done', 'scores', 'runs_needed', 'pretty',
            'write_table', 'Report', 'write_credits', 'batch_figure', 'stage_figure', 'size_figure', 'curve_figure',
            'pick_queries', 'cards_html', 'provenance', 'write_index', 'notebook_of', 'check_parameters',
-           'check_executed', 'run_notebook', 'hide_paths', 'jobs_for', 'reproduce', 'reproduce_command', 'measure',
-           'estimate', 'print_plan', 'check_report', 'data_command', 'write_corpus', 'read_table', 'mine_command',
-           'train_on', 'evaluate_on', 'train_command', 'evaluate_command', 'doctor', 'doctor_command', 'run_command',
-           'main']
+           'check_executed', 'run_notebook', 'hide_paths', 'jobs_for', 'check_needs', 'reproduce', 'reproduce_command',
+           'measure_ce', 'measure', 'estimate', 'print_plan', 'check_report', 'data_command', 'write_corpus',
+           'read_table', 'mine_command', 'train_on', 'evaluate_on', 'train_command', 'evaluate_command', 'doctor',
+           'doctor_command', 'run_command', 'main']
 
 # %% ../nbs/11_reproduce.ipynb #885ecebe
 import base64, contextlib, csv, html, io, itertools, json, multiprocessing, os, signal, sys, time
@@ -32,11 +32,12 @@ from safetensors.torch import load_file, save_file
 from .core import (CmlfError, Profile, atomic_path, autocast, commit, content_hash, device,
                        file_hash, get_profile, machine, one_of, read_json, rng, say,
                        seed_everything, versions, write_json, write_text)
-from .baselines import (CESettings, encoder_words, extract, load_expert, load_words,
-                            own_experts, train_ce)
+from .baselines import (CE, CESettings, encoder_words, extract, load_expert, load_words,
+                            own_experts, ranger, train_ce)
 from .data import load_corpus
 from .encoders import DualEncoder, TextEncoder
 from .features import SAMPLE_RATE, LogMel, build_store
+from .loss import max_margin
 from .metrics import retrieval, retrieval_from_similarity
 from .mining import mine
 from .soundscapes import compose, tagging_corpus
@@ -166,6 +167,8 @@ class Lab:
                  only:str=''): # names of runs, with *, that may be trained; '': all
         self.profile, self.events, self.data, self.only = (
             profile, events or None, data or None, only.split())
+        if profile.panns and not Path(profile.panns).is_file():
+            raise CmlfError(f'setting panns={profile.panns!r}: no such file; see `cmlf doctor`')
         self.runs = runs_folder(runs)
         self.parts, self.tables = {}, {}
 
@@ -791,7 +794,7 @@ def retrievals(self:Report, run:Run, n:int=3) -> str: # HTML
             self.cards.append(dict(verdict=verdict, query=captions[q],
                                    rank=int(found.t2a_ranks[q]) + 1,
                                    meant=self.clip_card(int(owner[q])), found=self.clip_card(top)))
-    return cards_html(self.cards, self.out, self.embeds)
+    return cards_html(self.cards, self.out, self.embeds, base='../') # seen from out/notebooks
 
 @patch(as_prop=True)
 def embeds(self:Report) -> bool: return self.lab.profile.corpus == 'synthesised'
@@ -800,9 +803,9 @@ def embeds(self:Report) -> bool: return self.lab.profile.corpus == 'synthesised'
 def _data_url(path, kind):
     return f'data:{kind};base64,' + base64.b64encode(Path(path).read_bytes()).decode()
 
-def _clip_html(clip, out, embed, says):
+def _clip_html(clip, out, embed, says, base):
     sound = out/clip['sound']
-    source = _data_url(sound, 'audio/mpeg') if embed and sound.exists() else clip['sound']
+    source = _data_url(sound, 'audio/mpeg') if embed and sound.exists() else base + clip['sound']
     credit = f'<small>{html.escape(clip["credit"])}</small>' if clip['credit'] else ''
     return (f'<td><b>{says}</b><br><img src="{_data_url(out/clip["picture"], "image/png")}" '
             f'alt="spectrogram of {clip["id"]}"><br>'
@@ -812,12 +815,13 @@ def _clip_html(clip, out, embed, says):
 # %% ../nbs/11_reproduce.ipynb #ef1b77b0
 def cards_html(cards:list, out, # folder the files lie in
                embed:bool, # sounds go into the page
+               base:str='', # the way from the page to that folder, where they do not
               ) -> str:
     "Queries with the sound that was meant and the sound that came first."
     rows = [f'<tr><td class="query">“{html.escape(c["query"])}”<br><small>{c["verdict"]}: its own '
             f'sound came at rank {c["rank"]}</small></td>'
-            f'{_clip_html(c["meant"], Path(out), embed, "meant")}'
-            f'{_clip_html(c["found"], Path(out), embed, "put first")}</tr>' for c in cards]
+            f'{_clip_html(c["meant"], Path(out), embed, "meant", base)}'
+            f'{_clip_html(c["found"], Path(out), embed, "put first", base)}</tr>' for c in cards]
     return '<table class="cards">' + ''.join(rows) + '</table>'
 
 # %% ../nbs/11_reproduce.ipynb #caa7e172
@@ -1035,6 +1039,20 @@ def train_all(self:Lab, specs:list, # parents before children, as `runs_needed` 
                 del going[f]
                 f.result() # raises what the run raised
 
+# %% ../nbs/11_reproduce.ipynb #a7dd3250
+def check_needs(lab:Lab, numbers, seeds:int):
+    "Refuse, before any work, tables whose runs lack a file they start from."
+    p, asked = lab.profile, _all_specs(lab, numbers, seeds)
+    if lab.only: asked = [s for s in asked if any(fnmatch(s.name, o) for o in lab.only)]
+    systems = {s.system for spec in asked for s in (spec, *lab.parents(spec))}
+    if p.corpus in ('synthesised', 'recordings'): return
+    if 'tagger' in systems:
+        raise CmlfError('pre-trained rows start from PANNs weights: give --set panns=FILE (see `cmlf '
+                        "doctor`), or leave them out with --only '*scratch* experts* ce* moee*'")
+    if 'experts' in systems and not p.expert_features:
+        raise CmlfError('CE and MoEE hear through features on disk: give --set expert_features=audio=FILE,'
+                        "vggsound=FILE, or leave them out with --only '*scratch* *pretrained*'")
+
 # %% ../nbs/11_reproduce.ipynb #9ab581c8
 def _table(n:int, asked:dict):
     "Run a table's notebook; settings in force must be the ones asked for."
@@ -1057,6 +1075,7 @@ def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1,
     for n in tables: one_of(n, [1, 2, 3], 'table')
     lab = Lab(get_profile(profile, settings), runs, events, data, only)
     jobs = jobs_for(lab.profile, jobs)
+    check_needs(lab, tables, seeds)
     wanted = runs_needed(lab, tables, seeds)
     todo = [s for s in wanted if not is_done(lab, s)]
     say(f'{profile}: {len(wanted)} runs are needed, {len(wanted) - len(todo)} are stored in '
@@ -1142,6 +1161,24 @@ def _seconds(f, repeat=4):
         times.append(time.perf_counter() - start)
     return min(times)
 
+# %% ../nbs/11_reproduce.ipynb #67b6d064
+def measure_ce(profile) -> dict: # of 'ce' and 'moee'
+    "Seconds per clip of a training step of CE and of MoEE, at the reference's shapes."
+    n, dev, per = profile.ce_batch_size, device(), {}
+    experts = {m: (torch.randn(n, *size, device=dev), torch.ones(n, dtype=torch.bool, device=dev))
+               for m, size in _TOKENS.items()}
+    words = torch.randn(n, CESettings.max_words, 300, device=dev)
+    for name in ('ce', 'moee'):
+        settings = CESettings(use_ce=name == 'ce', shared_dim=profile.ce_dim)
+        model = CE({m: d for m, (_, d) in _TOKENS.items()}, words.shape[2], settings).to(dev)
+        optimiser = ranger(model.parameters(), settings.lr, settings.weight_decay)
+        def learn():
+            optimiser.zero_grad()
+            max_margin(model(words, experts), settings.margin).backward()
+            optimiser.step()
+        per[name] = _seconds(learn) / n
+    return per
+
 # %% ../nbs/11_reproduce.ipynb #cb720d40
 def measure(lab:Lab, batch:int=4) -> dict: # clips at a time
     "Seconds per clip or caption, learning ('audio', 'text') or encoding ('heard', 'read'); size."
@@ -1160,15 +1197,16 @@ def measure(lab:Lab, batch:int=4) -> dict: # clips at a time
            'text': _seconds(lambda: learn(model.text, tokens)),
            'heard': _seconds(lambda: only(model.audio, x)),
            'read': _seconds(lambda: only(model.text, tokens))}
-    return ({k: v / batch for k, v in per.items()}
+    return ({k: v / batch for k, v in per.items()} | measure_ce(p)
             | dict(parameters=sum(q.numel() for q in model.parameters())))
 
 # %% ../nbs/11_reproduce.ipynb #e9a7b016
 def estimate(lab:Lab, spec:Spec, per:dict, sizes:dict) -> float: # hours
-    "Hours of a run of a dual encoder or a tagger, from the times of `measure`."
+    "Hours of a run, from the times of `measure`; NaN for the experts of CE and MoEE."
     p, (n, t) = run_profile(lab.profile, spec), sizes['train']
     if spec.system == 'tagger': return p.pretrain_epochs * p.pretrain_scenes * per['audio'] / 3600
-    if spec.system not in ('baseline', '3cmlf'): return float('nan')
+    if spec.system in ('ce', 'moee'): return p.ce_epochs * n * per[spec.system] / 3600
+    if spec.system == 'experts': return float('nan') # reads files, or trains for minutes
     stages = joint_stages(p) if spec.system == 'baseline' else curriculum_stages(p, spec.chm)
     seconds = 0
     for s in stages:

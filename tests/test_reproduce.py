@@ -165,6 +165,13 @@ def test_bad_corpora_and_runs_are_one_line(own_sounds, tmp_path):
     broken.write_text('path,caption,split\n00.wav,,train\n')
     assert_refused(cmlf('train', '--data', broken, '--out', tmp_path/'run'), 'broken.csv', '2')
 
+def test_rows_that_lack_a_file_are_refused_before_any_work(own_sounds, tmp_path):
+    on_disk = ['reproduce', '--profile', 'smoke', '--set', 'corpus=manifest', '--data', own_sounds, '--runs', tmp_path]
+    assert_refused(cmlf(*on_disk), 'PANNs', '--only')
+    assert_refused(cmlf(*on_disk, '--only', '*scratch* experts* ce*'), 'expert_features', '--only')
+    assert_refused(cmlf(*on_disk, '--set', 'panns=none.pth'), 'none.pth')
+    assert not list(tmp_path.rglob('*.partial'))
+
 def test_a_silent_recording_or_a_text_file_is_named(own_sounds, tmp_path):
     "Unreadable sound is missing sound: it is in the ledger, and named when nothing else is left."
     folder = tmp_path/'broken'
