@@ -28,7 +28,7 @@ def one_of(value, # what was asked for
            known, # what exists
            what:str, # what it is, for the message: 'profile', 'setting', ...
           ):
-    "`value` if it is among `known`; else an error that lists them and guesses what was meant. Nothing falls back."
+    "`value` if it is among `known`; else an error that lists them and guesses what was meant."
     known = list(known)
     if value in known: return value
     near = difflib.get_close_matches(str(value), [str(k) for k in known], 1)
@@ -41,7 +41,7 @@ class Profile:
     "Every setting of a run. Defaults: the paper's, section III-B."
     name:str = 'audiocaps'
     # the corpus
-    corpus:str = 'audiocaps'        # 'synthesised', 'recordings', 'audiocaps', 'clotho' or 'manifest'
+    corpus:str = 'audiocaps'        # or 'synthesised', 'recordings', 'clotho', 'manifest'
     n_train:int = 0                 # scenes to compose; 0: whatever the corpus on disk holds
     n_val:int = 0
     n_test:int = 0
@@ -54,7 +54,7 @@ class Profile:
     width:int = 64                  # channels of ResNet38's first block; 64 is PANNs
     head_hidden:int = 2048          # hidden units of both projection heads
     joint_dim:int = 1024            # d of the joint space
-    text_model:str = 'bert-base-uncased'  # hub name, folder, 'minilm' (packaged) or 'tiny' (random, for tests)
+    text_model:str = 'bert-base-uncased' # hub name, folder, 'minilm' (packaged), 'tiny' (random)
     text_pool:str = 'cls'           # 'cls' as in the paper, or 'mean'
     train_word_table:bool = True    # whether the text encoder's word embeddings learn too
     panns:str = ''                  # file of PANNs weights for the pre-trained rows
@@ -67,26 +67,26 @@ class Profile:
     batch_size:int = 32
     lr:float = 1e-4                 # audio encoder and both heads
     text_lr:float = 1e-4            # text encoder
-    schedule:str = 'step'           # 'step': divided by 10 every `lr_step` epochs; 'cosine'; 'constant'
+    schedule:str = 'step'           # a tenth every `lr_step` epochs; or 'cosine', 'constant'
     lr_step:int = 20
     restart_schedule:bool = True    # each stage starts the schedule anew
     clip_norm:float = 2.0           # gradient norm, as in the baseline; 0: off
     tau:float = 0.07                # temperature of Eq. 4
-    loss:str = 'nt_xent'            # Eq. 4; 'nt_xent_hardest' and 'triplet_max' mine inside the batch instead
+    loss:str = 'nt_xent'            # Eq. 4; 'nt_xent_hardest', 'triplet_max' mine inside a batch
     hardest:int = 8                 # negatives per row that 'nt_xent_hardest' keeps
     amp:bool = True                 # bf16 autocast where the device gains by it
     # the curriculum
-    curriculum:tuple = ('easy', 'random', 'hard')  # batches of stages 1, 2, 3; 'median' can stand for 'random'
-    ancillary:str = 'both'          # which vector is mined: 'audio', 'text' or 'both' (sum of the two)
+    curriculum:tuple = ('easy', 'random', 'hard') # batches of stages 1 to 3; or 'median'
+    ancillary:str = 'both'          # which vector is mined: 'audio', 'text' or 'both' (their sum)
     remine:bool = True              # new batches of equal quality every epoch; False: mined once
-    groups:bool = True              # clips of one meaning never share a mined batch; False: the paper's way
+    groups:bool = True              # clips of one meaning never share a mined batch; paper: False
     freeze_head:bool = False        # whether a frozen tower's projection head is frozen with it
     # pre-training of the audio trunk where no PANNs file applies
     pretrain_epochs:int = 0
     pretrain_scenes:int = 0
     pretrain_lr:float = 1e-3
     # MoEE and CE
-    expert_features:str = ''        # 'audio=FILE,vggsound=FILE': features on disk; '': from taggers of our own
+    expert_features:str = ''        # 'audio=FILE,vggsound=FILE'; '': from taggers of our own
     expert_width:int = 8            # channels of the first layer of those taggers
     expert_epochs:int = 8
     words:str = ''                  # word2vec or GloVe file; '': the text model's own word table
@@ -98,12 +98,13 @@ class Profile:
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            object.__setattr__(self, f.name, _typed(f.name, value, f.type if isinstance(f.type, type) else eval(f.type)))
+            object.__setattr__(self, f.name, _typed(
+                f.name, value, f.type if isinstance(f.type, type) else eval(f.type)))
         _check_profile(self)
 
     @property
     def stage_epochs(self) -> tuple:
-        "Epochs of stages 1, 2 and 3: `epochs` shared out by `stage_split`, every stage at least one."
+        "Epochs of stages 1, 2 and 3: `epochs` shared out by `stage_split`, at least one each."
         return share_out(self.epochs, self.stage_split)
 
     def replace(self, **settings) -> 'Profile':
@@ -113,7 +114,8 @@ class Profile:
 
     def asdict(self) -> dict:
         "Settings as plain JSON values."
-        return {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in fields(self)}
+        return {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v
+                for f in fields(self)}
 
 # %% ../nbs/00_core.ipynb #bde64333
 _TRUTH = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
@@ -122,7 +124,8 @@ def _number(text, cast, key):
     try: value = float(text)
     except (TypeError, ValueError): value = math.nan
     if not math.isfinite(value) or (cast is int and value != int(value)):
-        raise CmlfError(f'setting {key}={text!r} should be {"a whole number" if cast is int else "a number"}')
+        raise CmlfError(f'setting {key}={text!r} should be '
+                        f'{"a whole number" if cast is int else "a number"}')
     return cast(value)
 
 # %% ../nbs/00_core.ipynb #f601d8d1
@@ -145,8 +148,10 @@ def _typed(key, value, cast):
 def share_out(total:int, # how much there is
               weights, # proportions
              ) -> tuple:
-    "`total` as whole numbers in the proportions of `weights`, each at least 1 (so `total` >= their count)."
-    if total < len(weights): raise CmlfError(f'epochs={total} is too few for {len(weights)} stages: give at least {len(weights)}')
+    "`total` as whole numbers in the proportions of `weights`, each at least 1."
+    if total < len(weights):
+        raise CmlfError(f'epochs={total} is too few for {len(weights)} stages: '
+                        f'give at least {len(weights)}')
     exact = [total * w / sum(weights) for w in weights]
     parts = [max(1, int(x)) for x in exact]
     for _ in range(abs(total - sum(parts))):
@@ -157,39 +162,48 @@ def share_out(total:int, # how much there is
 
 # %% ../nbs/00_core.ipynb #b74d4f6e
 KINDS = 'easy', 'random', 'median', 'hard'
-_CHOICES = dict(corpus=('synthesised', 'recordings', 'audiocaps', 'clotho', 'manifest'), text_pool=('cls', 'mean'),
-                schedule=('step', 'cosine', 'constant'), ancillary=('audio', 'text', 'both'),
+_CHOICES = dict(corpus=('synthesised', 'recordings', 'audiocaps', 'clotho', 'manifest'),
+                text_pool=('cls', 'mean'), schedule=('step', 'cosine', 'constant'),
+                ancillary=('audio', 'text', 'both'),
                 loss=('nt_xent', 'nt_xent_hardest', 'triplet_max'))
 _POSITIVE = 'seconds hop width head_hidden joint_dim epochs lr text_lr lr_step tau'.split()
 
+# %% ../nbs/00_core.ipynb #4ec1954f
 def _check_profile(p):
     "Refuse settings that no run could use."
     for key, known in _CHOICES.items(): one_of(getattr(p, key), known, f'{key}')
     for kind in p.curriculum: one_of(kind, KINDS, 'kind of batch in curriculum')
     for key in _POSITIVE:
-        if getattr(p, key) <= 0: raise CmlfError(f'setting {key}={getattr(p, key)} should be above zero')
+        if getattr(p, key) <= 0:
+            raise CmlfError(f'setting {key}={getattr(p, key)} should be above zero')
     if len(p.stage_split) != 3 or min(p.stage_split) < 1:
-        raise CmlfError(f'setting stage_split={p.stage_split} should be three whole numbers above zero, as 8+4+6')
-    if len(p.curriculum) != 3: raise CmlfError(f'setting curriculum={p.curriculum} should name three kinds of batch')
-    if p.batch_size < 2: raise CmlfError(f'setting batch_size={p.batch_size}: a pair needs another pair as its negative')
+        raise CmlfError(f'setting stage_split={p.stage_split} should be three whole numbers '
+                        'above zero, as 8+4+6')
+    if len(p.curriculum) != 3:
+        raise CmlfError(f'setting curriculum={p.curriculum} should name three kinds of batch')
+    if p.batch_size < 2:
+        raise CmlfError(f'setting batch_size={p.batch_size}: a pair needs another pair as its '
+                        'negative')
     for key in ('dropout', 'block_dropout'):
-        if not 0 <= getattr(p, key) < 1: raise CmlfError(f'setting {key}={getattr(p, key)} should be in [0, 1)')
+        if not 0 <= getattr(p, key) < 1:
+            raise CmlfError(f'setting {key}={getattr(p, key)} should be in [0, 1)')
 
 # %% ../nbs/00_core.ipynb #a16cea7c
-_small = Profile(name='mini', corpus='synthesised', seconds=4.0, hop=640, text_model='minilm', text_pool='mean',
-                 train_word_table=False, dropout=0.1, block_dropout=0.1, schedule='cosine', lr=5e-4, text_lr=5e-5,
-                 head_hidden=512, joint_dim=256, ce_epochs=16, ce_batch_size=64, ce_dim=256,
-                 expert_epochs=6)
+_small = Profile(name='mini', corpus='synthesised', seconds=4.0, hop=640, text_model='minilm',
+                 text_pool='mean', train_word_table=False, dropout=0.1, block_dropout=0.1,
+                 schedule='cosine', lr=5e-4, text_lr=5e-5, head_hidden=512, joint_dim=256,
+                 ce_epochs=16, ce_batch_size=64, ce_dim=256, expert_epochs=6)
 
 PROFILES = {p.name: p for p in [
-    _small.replace(name='smoke', n_train=64, n_val=16, n_test=24, seconds=2.0, width=4, head_hidden=32, joint_dim=32,
-                   text_model='tiny', epochs=3, stage_split=(1, 1, 1), batch_size=8, pretrain_epochs=1,
-                   pretrain_scenes=64, expert_width=4, expert_epochs=1, ce_epochs=2, ce_batch_size=16,
-                   ce_dim=32),
-    _small.replace(name='mini', n_train=600, n_val=150, n_test=250, width=8, epochs=8, stage_split=(3, 2, 3),
-                   pretrain_epochs=6, pretrain_scenes=600),
-    _small.replace(name='field', corpus='recordings', n_train=2000, n_val=250, n_test=500, subset=250, seconds=6.0,
-                   width=16, epochs=18, stage_split=(8, 4, 6), pretrain_epochs=8, pretrain_scenes=2000),
+    _small.replace(name='smoke', n_train=64, n_val=16, n_test=24, seconds=2.0, width=4,
+                   head_hidden=32, joint_dim=32, text_model='tiny', epochs=3, stage_split=(1, 1, 1),
+                   batch_size=8, pretrain_epochs=1, pretrain_scenes=64, expert_width=4,
+                   expert_epochs=1, ce_epochs=2, ce_batch_size=16, ce_dim=32),
+    _small.replace(name='mini', n_train=600, n_val=150, n_test=250, width=8, epochs=8,
+                   stage_split=(3, 2, 3), pretrain_epochs=6, pretrain_scenes=600),
+    _small.replace(name='field', corpus='recordings', n_train=2000, n_val=250, n_test=500,
+                   subset=250, seconds=6.0, width=16, epochs=18, stage_split=(8, 4, 6),
+                   pretrain_epochs=8, pretrain_scenes=2000),
     Profile(name='audiocaps')]}
 
 # %% ../nbs/00_core.ipynb #821a6add
@@ -202,7 +216,8 @@ def get_profile(name:str, # 'smoke', 'mini', 'field' or 'audiocaps'
         for s in settings:
             if '=' not in s: raise CmlfError(f'setting {s!r} should read KEY=VALUE, as in epochs=6')
         settings = dict(s.split('=', 1) for s in settings)
-    if 'name' in settings: raise CmlfError("setting 'name' is the profile's own and cannot be changed")
+    if 'name' in settings:
+        raise CmlfError("setting 'name' is the profile's own and cannot be changed")
     return profile.replace(**settings)
 
 # %% ../nbs/00_core.ipynb #af22581e
@@ -213,21 +228,23 @@ def rng(seed:int, # the run's or the corpus's seed
     digest = hashlib.sha256('/'.join(map(str, (seed, *names))).encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], 'little')))
 
+# %% ../nbs/00_core.ipynb #afb31c0d
 def seed_everything(seed:int):
-    "Seed Python, NumPy and PyTorch, for code that draws from their global streams (dropout, initial weights)."
+    "Seed Python, NumPy and PyTorch, for code that draws from their global streams."
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #e554f87a
 @contextlib.contextmanager
 def atomic_path(path):
-    "Write to the path this yields; it becomes `path` when the block ends well, and vanishes when it does not."
+    "Write to the path this yields; it becomes `path` if the block ends well, and vanishes if not."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(prefix=f'.{path.name}.', suffix=path.suffix, dir=path.parent)
     os.close(fd); tmp = Path(tmp)
     try:
         yield tmp
-        umask = os.umask(0); os.umask(umask); tmp.chmod(0o666 & ~umask)  # mkstemp makes private files
+        umask = os.umask(0); os.umask(umask)
+        tmp.chmod(0o666 & ~umask)  # mkstemp makes private files
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
@@ -243,7 +260,9 @@ def write_json(path, obj):
 def read_json(path):
     "What `write_json` wrote; a broken file is named."
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise CmlfError(f'{path}: not readable as JSON ({e}); delete it and run again') from None
+    except (OSError, ValueError) as e:
+        raise CmlfError(f'{path}: not readable as JSON ({e}); '
+                        'delete it and run again') from None
 
 # %% ../nbs/00_core.ipynb #a74f8d15
 def content_hash(*parts, # JSON values, arrays or bytes
@@ -251,8 +270,10 @@ def content_hash(*parts, # JSON values, arrays or bytes
     "A short hex digest of `parts`."
     h = hashlib.sha256()
     for p in parts:
-        if isinstance(p, np.ndarray): p = f'{p.dtype}{p.shape}'.encode() + np.ascontiguousarray(p).tobytes()
-        h.update(p if isinstance(p, bytes) else json.dumps(p, sort_keys=True, ensure_ascii=False).encode())
+        if isinstance(p, np.ndarray):
+            p = f'{p.dtype}{p.shape}'.encode() + np.ascontiguousarray(p).tobytes()
+        h.update(p if isinstance(p, bytes)
+                 else json.dumps(p, sort_keys=True, ensure_ascii=False).encode())
         h.update(b'\0')
     return h.hexdigest()[:length]
 
@@ -267,20 +288,25 @@ def versions() -> dict:
     "Versions of Python and of the packages a result can depend on."
     found = {'python': platform.python_version()}
     for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError): found[name] = metadata.version(name)
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     return found
 
 def commit() -> str:
     "The code's git commit, with '+' behind it where files differ from it; '' outside a checkout."
-    git = lambda *a: subprocess.run(['git', *a], cwd=Path(__file__).parent if '__file__' in globals() else '.',
-                                    capture_output=True, text=True, timeout=10).stdout.strip()
-    try: return git('rev-parse', '--short', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '')
+    git = lambda *a: subprocess.run(['git', *a], cwd=Path(__file__).parent
+                                    if '__file__' in globals() else '.', capture_output=True,
+                                    text=True, timeout=10).stdout.strip()
+    try:
+        return git('rev-parse', '--short', 'HEAD') + (
+            '+' if git('status', '--porcelain', '-uno') else '')
     except (OSError, subprocess.SubprocessError): return ''
 
 # %% ../nbs/00_core.ipynb #e6ca1f14
 def device() -> torch.device:
     "The GPU where there is one, else the CPU; `CMLF_DEVICE` overrides."
-    return torch.device(os.environ.get('CMLF_DEVICE') or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    return torch.device(os.environ.get('CMLF_DEVICE')
+                        or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
 def has_bf16(dev=None) -> bool:
     "Whether bf16 arithmetic is native on the device."
@@ -295,11 +321,13 @@ def autocast(dev, enabled:bool=True):
     dev = torch.device(dev)
     return torch.autocast(dev.type, torch.bfloat16, enabled=enabled and has_bf16(dev))
 
+# %% ../nbs/00_core.ipynb #1d2c75e4
 def machine() -> dict:
     "Device, cores and memory, for provenance."
-    name = torch.cuda.get_device_name() if device().type == 'cuda' else platform.processor() or platform.machine()
-    return dict(device=device().type, name=name, cores=os.cpu_count(), threads=torch.get_num_threads(), bf16=has_bf16(),
-                system=platform.system())
+    name = (torch.cuda.get_device_name() if device().type == 'cuda'
+            else platform.processor() or platform.machine())
+    return dict(device=device().type, name=name, cores=os.cpu_count(),
+                threads=torch.get_num_threads(), bf16=has_bf16(), system=platform.system())
 
 # %% ../nbs/00_core.ipynb #d6299a15
 class Progress:
@@ -307,7 +335,8 @@ class Progress:
     def __init__(self, total:int, # steps of work
                  what:str, # what is being done
                  every:float=10): # seconds between lines where there is no terminal
-        self.total, self.what, self.every, self.n, self.start = total, what, every, 0, time.monotonic()
+        self.total, self.what, self.every, self.n, self.start = (
+            total, what, every, 0, time.monotonic())
         self.said, self.bar = self.start, None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -320,12 +349,14 @@ class Progress:
             self.bar.update(n); self.bar.set_postfix_str(note)
         elif time.monotonic() - self.said > self.every:
             self.said = time.monotonic()
-            say(f'{self.what}: {self.n} of {self.total}, {self.said - self.start:.0f} s {note}'.rstrip())
+            say(f'{self.what}: {self.n} of {self.total}, '
+                f'{self.said - self.start:.0f} s {note}'.rstrip())
 
     def __enter__(self): return self
     def __exit__(self, *error):
         if self.bar is not None: self.bar.close()
 
+# %% ../nbs/00_core.ipynb #b381ac78
 def say(line:str):
     "One line for whoever watches, at once, on stderr (stdout is for results)."
     print(line, file=sys.stderr, flush=True)
