@@ -63,6 +63,7 @@ class Dropout(nn.Dropout):
     "`dropout` as a module, in place of PyTorch's."
     def forward(self, x): return dropout(x, self.p, self.training)
 
+# %% ../nbs/05_encoders.ipynb #c1d019fd
 def _swap_dropout(module):
     "Ours for every `nn.Dropout` in `module`."
     for m in list(module.modules()):
@@ -76,6 +77,7 @@ def _conv(n_in, n_out, size=3):
     nn.init.xavier_uniform_(conv.weight)
     return conv
 
+# %% ../nbs/05_encoders.ipynb #7c24976f
 class ConvBlock(nn.Module):
     "Two 3x3 convolutions, average pooling: (B, n_in, T, F) -> (B, n_out, T // pool, F // pool)."
     def __init__(self, n_in:int, # channels in
@@ -116,7 +118,7 @@ class ResidualBlock(nn.Module):
 
 # %% ../nbs/05_encoders.ipynb #06284b23
 def spec_augment(x, # (B, T, M) normalised log-mel
-                 time_stripe:int|None=None, # widths below this many frames; None: 64 of 1001, in proportion
+                 time_stripe:int|None=None, # widths below this many frames; None: 64 of each 1001
                  freq_stripe:int=8, # widths below this many bands
                  stripes:int=2): # of each kind, for every clip
     "`x` with random stripes of time and of frequency set to 0."
@@ -283,6 +285,7 @@ def _quiet():
         log.set_verbosity(level)
         if bars: log.enable_progress_bar()
 
+# %% ../nbs/05_encoders.ipynb #afb66023
 def _hub_answers():
     "Whether the hub can be reached; asked once, where transformers would try again for a minute."
     if constants.HF_HUB_OFFLINE: return False
@@ -292,7 +295,7 @@ def _hub_answers():
 
 # %% ../nbs/05_encoders.ipynb #a332873d
 def load_bert(name:str, # hub name, or a folder made by `save_pretrained`
-              dropout:float|None=None, # of hidden states and attention; None: as the model was trained
+              dropout:float|None=None, # of hidden states and attention; None: as trained
              ) -> tuple:
     "(tokenizer, model) of a BERT-type model; `CmlfError` where there is none by that name."
     name, folder = str(name), Path(name).is_dir()
@@ -300,8 +303,9 @@ def load_bert(name:str, # hub name, or a folder made by `save_pretrained`
         raise CmlfError(f'text model {name}: no such folder')
     for where in [dict(local_files_only=True)] + [{}] * (not folder):
         if not where and not _hub_answers():
-            raise CmlfError(f'text model {name!r} is not on this machine and no hub can be reached: '
-                            f"run `hf download {name}` where one can, or give a folder or 'minilm'")
+            raise CmlfError(f'text model {name!r} is not on this machine and no hub can be '
+                            f'reached: run `hf download {name}` where one can, '
+                            "or give a folder or 'minilm'")
         try:
             with _quiet(): return _load_bert(name, dropout, **where)
         except CmlfError: raise
@@ -324,9 +328,9 @@ def tiny_bert(dropout:float|None=None) -> tuple:
 # %% ../nbs/05_encoders.ipynb #6655c2f6
 class TextEncoder(nn.Module):
     "Captions -> (B, `n_out`), float32: last hidden state of [CLS] (II-D), or the mean over tokens."
-    def __init__(self, model:str='minilm', # 'minilm' (packaged), 'tiny' (random), a hub name, or a folder
+    def __init__(self, model:str='minilm', # 'minilm' (packaged), 'tiny' (random), hub name, folder
                  pool:str='cls', # 'cls' or 'mean'
-                 dropout:float|None=None, # of hidden states and attention; None: as the model was trained
+                 dropout:float|None=None, # of hidden states and attention; None: as trained
                  train_word_table:bool=True): # whether word embeddings learn
         super().__init__()
         self.pool = one_of(pool, ('cls', 'mean'), 'text_pool')
@@ -414,6 +418,7 @@ def train_only(self:DualEncoder, which:str='both', # 'audio', 'text' or 'both'
         if not p.requires_grad: p.grad = None
     return self.train()
 
+# %% ../nbs/05_encoders.ipynb #1a65ed16
 @patch
 def train(self:DualEncoder, mode:bool=True) -> DualEncoder:
     "As any module's, but what `train_only` froze stays in eval mode."
