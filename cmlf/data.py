@@ -67,6 +67,7 @@ class Corpus:
         per = ', '.join(f'{sum(c.split == s for c in self.clips)} {s}' for s in SPLITS)
         return f'Corpus {self.name}: {len(self)} clips ({per}), {len(self.captions)} captions'
 
+# %% ../nbs/02_data.ipynb #1a20e038
 def _check_clips(name, clips):
     "Refuse clips that no corpus could hold."
     seen = set()
@@ -183,6 +184,7 @@ def _csv_table(path):
                             f'{len(columns)}; the file is half-written or a comma is not quoted')
         yield f'{path} row {n}', dict(zip(columns, fields))
 
+# %% ../nbs/02_data.ipynb #dc3abb02
 def _parquet_table(path):
     "('FILE row N', {column: value}) of every row."
     try: rows = pd.read_parquet(path).rename(columns=str).to_dict('records')
@@ -217,6 +219,7 @@ class Entry:
     path:str=''     # its file, where the table says so
     more:dict=field(default_factory=dict)  # meaning, tags, credit
 
+# %% ../nbs/02_data.ipynb #e1a8f26f
 def _add(entry, new):
     "A further caption of a clip; what its rows say of the clip must agree."
     for key in ('split', 'id', 'start', 'more'):
@@ -255,6 +258,7 @@ def _stem(name:str) -> str:
     base, ext = os.path.splitext(name)
     return base if ext.lower() in _EXTENSIONS else name
 
+# %% ../nbs/02_data.ipynb #c1286f11
 def _is_blank(value) -> bool:
     "Whether a cell of a table holds nothing."
     if isinstance(value, str): return not value.strip()
@@ -292,6 +296,7 @@ def _official_entry(row, where, split) -> Entry:
     if not start.isdigit(): raise CmlfError(f'{where}: start_time {start!r} is not in seconds')
     return Entry(id, split, [_caption(row['caption'], where)], where, (id, caption_id), start)
 
+# %% ../nbs/02_data.ipynb #dca43ac2
 def _official_entries(tables:dict) -> list:
     "Entries of AudioCaps' official csv files: one row, one caption."
     clips, seen = {}, {}
@@ -440,6 +445,7 @@ def _starts_right(file, entry) -> bool:
 
 def _best_first(file): return _EXTENSIONS.index(file.suffix.lower()), str(file)
 
+# %% ../nbs/02_data.ipynb #d159a0b5
 def _locate(entry, index, top, folders):
     "(file or None, remark) for an entry."
     named = next((index[n] for n in entry.names if n in index), [])
@@ -512,6 +518,7 @@ def _verdict(look, seconds, shortest):
 
 def _join(*remarks): return '; '.join(filter(None, remarks))
 
+# %% ../nbs/02_data.ipynb #3138f437
 def _note_twins(ledger):
     "Add a remark to sounds that lie in two splits, byte for byte."
     used, first = ledger[ledger.used], defaultdict(dict)
@@ -553,6 +560,7 @@ def _locate_all(entries, top, folders) -> list:
         if file: _once(seen, file, e.where, f'{file} for clip {e.id!r}')
     return found
 
+# %% ../nbs/02_data.ipynb #60aa4a39
 def _summary(ledger) -> str:
     "What is there, and why the rest is not, in a line."
     per_split = ledger.groupby('split', sort=False).used
@@ -572,6 +580,7 @@ def _read_file(clip, seconds): return load_audio(clip.source, seconds)
 def _read_nothing(clip):
     raise CmlfError(f'clip {clip.id!r}: the corpus has captions only; load it with its sound')
 
+# %% ../nbs/02_data.ipynb #7c27d523
 def _corpus_name(layout, path, entries) -> str:
     "'audiocaps' where each file is called by a YouTube id, else the layout's or folder's name."
     if layout.name in ('audiocaps', 'clotho'): return layout.name
@@ -590,7 +599,7 @@ def _keep(ledger, file, top):
 def load_corpus(path, # folder of a corpus, or a manifest
                 seconds:float, # every clip is padded or cut at the end to this length
                 layout=None, # a name from `LAYOUTS`; None: find out
-                audio=None, # folder of the sound; None: where the layout has it; False: captions only
+                audio=None, # folder of the sound; None: the layout's; False: captions only
                ) -> Corpus:
     "The clips at `path` whose sound is usable, a ledger of all; `CmlfError` names file and row."
     path = Path(path).expanduser().absolute()
