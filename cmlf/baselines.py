@@ -25,7 +25,7 @@ from .metrics import retrieval_from_similarity
 
 # %% ../nbs/09_baselines.ipynb #e123beb6
 class NetVLAD(nn.Module):
-    "Sequences (B, N, D) -> unit vectors (B, D*K), D-major; real tokens may be marked by a mask (B, N)."
+    "Sequences (B, N, D) -> unit vectors (B, D*K), D-major; a mask (B, N) may mark real tokens."
     def __init__(self, dim:int, # D, width of a token
                  clusters:int, # K
                  ghosts:int=0, # G, clusters that are discarded after the softmax
@@ -59,6 +59,7 @@ class ContextGating(nn.Module):
 
     def forward(self, z): return z * self.bn(self.fc(z)).sigmoid()
 
+# %% ../nbs/09_baselines.ipynb #76766c1a
 class GatedEmbedding(nn.Sequential):
     "Gated embedding unit: (B, n_in) -> unit vectors (B, n_out)."
     def __init__(self, n_in:int, # width of what is pooled
@@ -80,7 +81,7 @@ class PairNetwork(nn.Sequential):
 
 # %% ../nbs/09_baselines.ipynb #72c31dba
 class ExpertGate(nn.Module):
-    "One expert's gate in CE: its embedding e and the pairs' opinion q, both (B, d) -> unit vectors."
+    "One expert's gate in CE: embedding e and the pairs' opinion q, both (B, d) -> unit vectors."
     def __init__(self, dim:int):
         super().__init__()
         self.fc = nn.Linear(dim, dim)
@@ -119,7 +120,7 @@ def similarity(t, # caption embeddings: a list of M (T, d_m), unit rows
                e, # clip embeddings: a list of M (C, d_m), unit rows
                a, # availability (C, M), 0 or 1, at least one 1 a row
               ):
-    "Similarity (T, C) of captions and clips, in [-1, 1]; a missing expert's weight goes to the others."
+    "Similarity (T, C) of captions and clips, in [-1, 1]; missing experts give their weight away."
     experts = zip(t, w.T[..., None], e, a.T[..., None])
     return sum(w_m * (t_m @ (a_m * e_m).T) for t_m, w_m, e_m, a_m in experts) / (w @ a.T)
 
@@ -142,7 +143,7 @@ class CESettings:
     "Settings of MoEE and CE; the defaults are the reference's for AudioCaps."
     use_ce:bool = True          # collaborative gating; False: MoEE
     mimic_ce_dims:bool = False  # without `use_ce`: reduce experts to `shared_dim` all the same
-    sequential:bool = True      # gate experts one after the other (reference) or all at once (paper)
+    sequential:bool = True      # gate experts one by one (reference) or all at once (paper)
     mask_padding:bool = False   # keep padding out of NetVLAD; the reference lets it in
     shared_dim:int = 768        # d, width of CE's embeddings
     clusters:int = 16           # K of every expert
@@ -156,26 +157,28 @@ class CESettings:
     lr:float = 0.01
     gamma:float = 0.95          # the learning rate is multiplied by this after every epoch
     weight_decay:float = 1e-3   # decoupled, on every parameter, biases and BatchNorm included
-    select:str = 't2a'          # best epoch by text-to-audio alone (reference), or 'both' directions
+    select:str = 't2a'          # best epoch by text-to-audio alone (reference), or by 'both'
 
     def __post_init__(self): _check(self)
 
 # %% ../nbs/09_baselines.ipynb #eab5b8ee
 class CE(nn.Module):
     "Collaborative Experts, and MoEE with `use_ce=False`: scores captions against clips."
-    def __init__(self, dims:dict, # width of each expert's features, as {'audio': 128, 'vggsound': 512}
+    def __init__(self, dims:dict, # each expert's width, as {'audio': 128, 'vggsound': 512}
                  word_dim:int, # width of the word vectors
                  settings:CESettings=CESettings()):
         super().__init__()
         s, self.settings, self.names = settings, settings, sorted(dims)
-        if s.use_ce and len(dims) < 2: raise CmlfError(f'CE needs two experts, not {self.names}: set use_ce=False')
+        if s.use_ce and len(dims) < 2:
+            raise CmlfError(f'CE needs two experts, not {self.names}: set use_ce=False')
         self.text_pool = NetVLAD(word_dim, s.text_clusters, s.text_ghosts)
         self.pools = nn.ModuleList(NetVLAD(dims[m], s.clusters) for m in self.names)
         self.reduced = s.use_ce or s.mimic_ce_dims
         out = [s.shared_dim if self.reduced else dims[m] for m in self.names]
         ins = [p.n_out for p in self.pools]
         if self.reduced: self.reduce = nn.ModuleList(map(nn.Linear, ins, out))
-        if s.use_ce: self.gating = CollaborativeGating(len(dims), out[0], s.pair_layers, s.sequential)
+        if s.use_ce:
+            self.gating = CollaborativeGating(len(dims), out[0], s.pair_layers, s.sequential)
         elif self.reduced: self.gates = nn.ModuleList(map(ContextGating, out))
         else: self.gates = nn.ModuleList(map(GatedEmbedding, ins, out))
         self.text_gates = nn.ModuleList(GatedEmbedding(self.text_pool.n_out, d) for d in out)
@@ -193,15 +196,18 @@ def embed_text(self:CE, X, # word vectors (T, N, D)
     x = self.text_pool(X, mask if self.settings.mask_padding else None)
     return [gate(x) for gate in self.text_gates], self.mixture(x).softmax(-1)
 
+# %% ../nbs/09_baselines.ipynb #642a21a2
 @patch
 def embed_audio(self:CE, experts):
-    "{name: (features (B, n, d), available (B,))} -> M of (B, d_m), unit rows, and availability (B, M)."
-    e, a = zip(*[_pool_expert(p, *experts[m], self.settings.mask_padding) for m, p in zip(self.names, self.pools)])
+    "{name: (features (B, n, d), available (B,))} -> M of (B, d_m), unit rows; availability (B, M)."
+    e, a = zip(*[_pool_expert(p, *experts[m], self.settings.mask_padding)
+                 for m, p in zip(self.names, self.pools)])
     a = torch.stack(a, 1).to(e[0].dtype)
     if self.reduced: e = [F.normalize(reduce(x)) for reduce, x in zip(self.reduce, e)]
     if self.settings.use_ce: return self.gating(e, a), a
     return [F.normalize(gate(x)) for gate, x in zip(self.gates, e)], a
 
+# %% ../nbs/09_baselines.ipynb #26c2a25c
 def _pool_expert(pool, X, available, mask_padding):
     "One expert's sequences pooled; where it is missing it may hold NaN, so zeros take its place."
     X = torch.where(available[:, None, None], X, 0)
@@ -209,7 +215,7 @@ def _pool_expert(pool, X, available, mask_padding):
 
 # %% ../nbs/09_baselines.ipynb #b79cd8f7
 class Lookahead:
-    "Wraps an optimiser: every `k` steps the weights fall back to slow ones that moved `alpha` of the way."
+    "Wraps an optimiser: every `k` steps, weights fall back to slow ones moved `alpha` of the way."
     def __init__(self, inner, # a torch optimiser
                  k:int=6, # steps between two synchronisations
                  alpha:float=0.5, # share of the way the slow weights go
@@ -227,7 +233,8 @@ class Lookahead:
         if self.steps % self.k: return
         for slow, p in zip(self.slow, self.params): p.copy_(slow.lerp_(p, self.alpha))
 
-    def state_dict(self): return dict(inner=self.inner.state_dict(), slow=self.slow, steps=self.steps)
+    def state_dict(self):
+        return dict(inner=self.inner.state_dict(), slow=self.slow, steps=self.steps)
 
     @torch.no_grad()
     def load_state_dict(self, state):
@@ -240,7 +247,7 @@ def ranger(params, # what learns
            lr:float=0.01, # eta
            weight_decay:float=1e-3, # lambda, decoupled
           ) -> Lookahead:
-    "The reference's optimiser: RAdam (beta 0.95, 0.999; eps 1e-5) inside Lookahead (k 6, alpha 0.5)."
+    "The reference's optimiser: RAdam (beta .95, .999; eps 1e-5) inside Lookahead (k 6, alpha .5)."
     return Lookahead(torch.optim.RAdam(params, lr, betas=(.95, .999), eps=1e-5,
                                        weight_decay=weight_decay, decoupled_weight_decay=True))
 
@@ -266,11 +273,13 @@ class Words:
 
 # %% ../nbs/09_baselines.ipynb #abf8ddc6
 def encoder_words(encoder) -> Words:
-    "The word table of a `TextEncoder`, and its tokenizer without the marks it adds to every caption."
+    "The word table of a `TextEncoder`, and its tokenizer without the marks around a caption."
     tables = [m.weight for m in encoder.modules() if isinstance(m, nn.Embedding)]
     tokens = lambda caption: encoder.tokenize([caption])['input_ids'][0].tolist()
-    marks, table = set(tokens('')), max(tables, key=len)  # shorter tables are of positions and segments
-    return Words(table.detach().cpu().clone(), lambda text: [i for i in tokens(text) if i not in marks])
+    # shorter tables are of positions and segments
+    marks, table = set(tokens('')), max(tables, key=len)
+    return Words(table.detach().cpu().clone(),
+                 lambda text: [i for i in tokens(text) if i not in marks])
 
 # %% ../nbs/09_baselines.ipynb #50d5a591
 class WordFile:
@@ -281,13 +290,15 @@ class WordFile:
         header = len(first) == 2 and all(x.isdigit() for x in first)
         start = self.data.find(b'\n') + 1 if header else 0
         self.dim = int(first[1]) if header else len(first) - 1
-        if self.dim < 1: raise CmlfError(f'{path}: begins with neither "words width" nor a word vector')
+        if self.dim < 1:
+            raise CmlfError(f'{path}: begins with neither "words width" nor a word vector')
         self.binary = header and not self.is_text(start)
         self.at = self.scan_binary(start, int(first[0])) if self.binary else self.scan_text(start)
         if not self.at: raise CmlfError(f'{path}: no word vectors in it')
 
     def __contains__(self, word): return word in self.at
 
+# %% ../nbs/09_baselines.ipynb #c60f0746
 def _mapped(path):
     "The file's bytes, mapped into memory."
     if not Path(path).is_file(): raise CmlfError(f'{path}: no such file of word vectors')
@@ -310,6 +321,7 @@ def is_text(self:WordFile, at):
     try: return len([float(x) for x in self.line(at).split(b' ')[1:]]) == self.dim
     except ValueError: return False
 
+# %% ../nbs/09_baselines.ipynb #7736e154
 @patch
 def __getitem__(self:WordFile, word):
     at = self.at[word]
@@ -333,6 +345,7 @@ def scan_text(self:WordFile, at):
         at = end + 1
     return places
 
+# %% ../nbs/09_baselines.ipynb #c3fad2d5
 @patch
 def scan_binary(self:WordFile, at, n):
     "{word: byte where its vector begins}."
@@ -362,7 +375,7 @@ def load_words(path, # word2vec or GloVe file
 
 # %% ../nbs/09_baselines.ipynb #be89e759
 def _feature_file(path):
-    "Names of the clips, and a function name -> array, for a folder of .npy, an .npz or an HDF5 file."
+    "Names of the clips, and a function name -> array: a folder of .npy, an .npz or an HDF5 file."
     path = Path(path)
     if path.is_dir():
         files = {p.stem: p for p in sorted(path.glob('*.npy'))}
@@ -374,25 +387,28 @@ def _feature_file(path):
     if path.suffix not in ('.h5', '.hdf5'):
         raise CmlfError(f'{path}: features come as .h5, .hdf5, .npz or a folder of .npy')
     try: h5 = importlib.import_module('h5py').File(path, 'r')
-    except ImportError: raise CmlfError(f'{path}: reading HDF5 needs h5py; pip install h5py') from None
+    except ImportError:
+        raise CmlfError(f'{path}: reading HDF5 needs h5py; pip install h5py') from None
     return set(h5.keys()), lambda key: np.asarray(h5[key][()])
 
 # %% ../nbs/09_baselines.ipynb #7243a34f
-def load_expert(path, # .h5, .hdf5, .npz or folder of .npy: an (n, width) array a clip, named by its id
+def load_expert(path, # .h5, .hdf5, .npz or folder of .npy: an (n, width) array for each clip id
                 ids, # clip ids, in the order wanted
-                max_tokens:int, # length of every sequence afterwards: 10 for VGGish, 32 for VGGSound
+                max_tokens:int, # length of every sequence: 10 for VGGish, 32 for VGGSound
                 width:int, # of one token: 128, 512
                ) -> tuple:
-    "Features (N, max_tokens, width) float32 and availability (N,) bool; an error if no clip is there."
+    "Features (N, max_tokens, width) float32, availability (N,) bool; an error if no clip is there."
     try: names, read = _feature_file(path)
     except CmlfError: raise
     except Exception as e: raise CmlfError(f'{path}: not readable as features ({e})') from None
-    X, available = np.zeros((len(ids), max_tokens, width), np.float32), np.zeros(len(ids), bool)
+    X, available = (np.zeros((len(ids), max_tokens, width), np.float32),
+                    np.zeros(len(ids), bool))
     for i, key in enumerate(ids):
         x = _features_of(path, key, read, width) if key in names else ()
         if not len(x) or np.isnan(x).any(): continue
         X[i, :len(x)], available[i] = x[:max_tokens], True
-    if not available.any(): raise CmlfError(f'{path}: has none of the {len(ids)} clips, {ids[0]!r} and so on')
+    if not available.any():
+        raise CmlfError(f'{path}: has none of the {len(ids)} clips, {ids[0]!r} and so on')
     return X, available
 
 # %% ../nbs/09_baselines.ipynb #b0271386
@@ -402,7 +418,8 @@ def _features_of(path, key, read, width):
     except Exception as e: raise CmlfError(f'{path}: clip {key!r} is not readable ({e})') from None
     if x.ndim == 2 and x.shape[1] == width: return x
     if x.size == 1 and np.isnan(x).all(): return ()
-    raise CmlfError(f'{path}: features of clip {key!r} have shape {x.shape}, expected (n, {width})')
+    raise CmlfError(f'{path}: features of clip {key!r} have shape {x.shape}, '
+                    f'expected (n, {width})')
 
 # %% ../nbs/09_baselines.ipynb #ca07d2fc
 def mel_triangles(n_bins:int, # frequency bins, from 0 Hz to half the rate
@@ -420,7 +437,7 @@ def mel_triangles(n_bins:int, # frequency bins, from 0 Hz to half the rate
 
 # %% ../nbs/09_baselines.ipynb #b8ba0f8b
 class Patches(nn.Module):
-    "Waveforms (B, samples) -> log-mel patches (B, n, 96, 64) of 0.96 s; a broken last one is dropped."
+    "Waveforms (B, samples) -> log-mel patches (B, n, 96, 64) of 0.96 s, whole ones only."
     def __init__(self, rate:int=32000): # samples per second; 16000 is VGGish's own
         super().__init__()
         self.win, self.hop, self.rate = rate // 40, rate // 100, rate
@@ -442,7 +459,8 @@ class Spectrogram(nn.Module):
         self.n, self.hop = 512 * rate // 16000, 159 * rate // 16000
         edge = torch.arange(self.n).minimum(self.n - torch.arange(self.n)) / (self.n / 8)
         window = .5 - .5 * (math.pi * edge.clamp(max=1)).cos()
-        self.register_buffer('window', window / (rate * window.square().sum()).sqrt(), persistent=False)
+        self.register_buffer('window', window / (rate * window.square().sum()).sqrt(),
+                             persistent=False)
 
     def power(self, wave):
         "Power density (B, 257, frames)."
@@ -453,7 +471,8 @@ class Spectrogram(nn.Module):
 
     def forward(self, wave):
         S = (self.power(wave) + 1e-7).log()
-        return (S - S.mean((1, 2), keepdim=True)) / (S.std((1, 2), keepdim=True, correction=0) + 1e-9)
+        return ((S - S.mean((1, 2), keepdim=True))
+                / (S.std((1, 2), keepdim=True, correction=0) + 1e-9))
 
 # %% ../nbs/09_baselines.ipynb #6a8dd587
 class VGGish(nn.Module):
@@ -491,12 +510,13 @@ class _Residual(nn.Module):
 
 # %% ../nbs/09_baselines.ipynb #2dedc09c
 class ResNet18(nn.Module):
-    "VGGSound's network on spectrograms: (B, 257, frames) -> (B, n, 512), n = frames / 32 rounded up."
+    "VGGSound's network on spectrograms: (B, 257, frames) -> (B, ceil(frames / 32), 512)."
     n_out, front = 512, Spectrogram
     def __init__(self, width:int=64): # channels of the first layer; 64 is ResNet-18
         super().__init__()
         w = width
-        stem = [nn.Conv2d(1, w, 7, 2, 3, bias=False), nn.BatchNorm2d(w), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+        stem = [nn.Conv2d(1, w, 7, 2, 3, bias=False), nn.BatchNorm2d(w), nn.ReLU(),
+                nn.MaxPool2d(3, 2, 1)]
         blocks = [_Residual(max(w, n // 2) if i == 0 else n, n, 2 if i == 0 and n > w else 1)
                   for n in (w, 2*w, 4*w, 8*w) for i in range(2)]
         widen = [] if w == 64 else [nn.Conv2d(8*w, 512, 1)]
@@ -524,14 +544,15 @@ def front_ends(corpus, # `Corpus`: every waveform is read once
 def train_tagger(net, # `VGGish` or `ResNet18`; trained in place
                  x, # front end's output (N, ...)
                  tags, # (N, n_tags), 1 where the clip has the tag
-                 epochs:int=8, lr:float=3e-3, # highest learning rate, warmed up to and cooled down from
+                 epochs:int=8, lr:float=3e-3, # highest learning rate, after warm-up
                  batch_size:int=32, seed:int=0) -> list:
-    "Train `net` to name the tags of clips; the mean loss of each epoch. The net ends in evaluation mode."
+    "Train `net` to name the tags of clips; each epoch's mean loss. It ends in evaluation mode."
     dev, n, tags = device(), len(x), torch.as_tensor(tags)
     net.to(dev, memory_format=torch.channels_last).train()
     head = nn.Linear(net.n_out, tags.shape[1]).to(dev)
     opt = torch.optim.AdamW([*net.parameters(), *head.parameters()], lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=epochs * (-(-n // batch_size)))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        opt, lr, total_steps=epochs * (-(-n // batch_size)))
     losses = []
     for epoch in range(epochs):
         order, total = torch.as_tensor(rng(seed, 'tagger', epoch).permutation(n)), 0
@@ -567,9 +588,11 @@ def extract(nets, # {name: network in evaluation mode}, as `own_experts` gives t
     "{name: (features (N, n, width) float32, availability (N,) bool)}; nothing is missing."
     dev, there = device(), np.ones(len(corpus), bool)
     def features(net, x):
-        with autocast(dev): parts = [net(b.to(dev).float()).float().cpu() for b in x.split(batch_size)]
+        with autocast(dev):
+            parts = [net(b.to(dev).float()).float().cpu() for b in x.split(batch_size)]
         return torch.cat(parts).numpy()
-    return {name: (features(nets[name], x), there.copy()) for name, x in front_ends(corpus).items()}
+    return {name: (features(nets[name], x), there.copy())
+            for name, x in front_ends(corpus).items()}
 
 # %% ../nbs/09_baselines.ipynb #799486d9
 @dataclass
@@ -600,12 +623,16 @@ def _check_experts(what, experts, n):
     "Shapes fit n clips, what is available is finite, and every clip is heard by some expert."
     for m, (x, a) in experts.items():
         if x.ndim != 3 or len(x) != n or a.shape != (n,):
-            raise CmlfError(f'{what}: expert {m}: features {x.shape}, availability {a.shape}, {n} clips')
+            raise CmlfError(f'{what}: expert {m}: features {x.shape}, '
+                            f'availability {a.shape}, {n} clips')
         bad = np.flatnonzero(a & ~np.isfinite(x.sum((1, 2), dtype=np.float64)))
-        if len(bad): raise CmlfError(f'{what}: expert {m} has NaN for clip {bad[0]}; mark it not available')
+        if len(bad):
+            raise CmlfError(f'{what}: expert {m} has NaN for clip {bad[0]}; mark it not available')
     deaf = np.flatnonzero(~np.any([a for _, a in experts.values()], 0))
-    if len(deaf): raise CmlfError(f'{what}: no expert hears clip {deaf[0]} ({len(deaf)} such); drop it')
+    if len(deaf):
+        raise CmlfError(f'{what}: no expert hears clip {deaf[0]} ({len(deaf)} such); drop it')
 
+# %% ../nbs/09_baselines.ipynb #bf838da8
 def _part(what, corpus, experts, words, settings):
     "A split, checked."
     n, owner = len(corpus), np.asarray(corpus.owner)
@@ -620,8 +647,10 @@ def _parts(corpora, experts, words, settings):
     for split in corpora: one_of(split, experts, 'split of the experts')
     widths = {split: {m: x.shape[-1] for m, (x, _) in experts[split].items()} for split in corpora}
     for split, w in widths.items():
-        if w != widths['train']: raise CmlfError(f'{split}: experts {w}, but in train {widths["train"]}')
-    return {s: _part(s, c, experts[s], words, settings) for s, c in corpora.items()}, widths['train']
+        if w != widths['train']:
+            raise CmlfError(f'{split}: experts {w}, but in train {widths["train"]}')
+    return ({s: _part(s, c, experts[s], words, settings) for s, c in corpora.items()},
+            widths['train'])
 
 # %% ../nbs/09_baselines.ipynb #a218e755
 @torch.no_grad()
@@ -637,7 +666,8 @@ def score(model, # `CE`
     e, a = zip(*[model.embed_audio(part.audio(some, dev)) for some in groups])
     e, a, table = [torch.cat(x) for x in zip(*e)], torch.cat(a), words.table.to(dev)
     ids = part.ids.to(dev).split(batch_size)
-    return torch.cat([similarity(*model.embed_text(table[i], i > 0), e, a) for i in ids]).cpu().numpy()
+    return torch.cat([similarity(*model.embed_text(table[i], i > 0), e, a)
+                      for i in ids]).cpu().numpy()
 
 # %% ../nbs/09_baselines.ipynb #6e86a584
 def selection_score(model, words, part, select:str='t2a') -> tuple:
@@ -665,10 +695,13 @@ class _Run:
     def load(self):
         dev = next(self.model.parameters()).device
         try: state = torch.load(self.path, map_location=dev, weights_only=True)
-        except Exception: raise CmlfError(f'{self.path}: not readable as a checkpoint; delete it') from None
+        except Exception:
+            raise CmlfError(f'{self.path}: not readable as a checkpoint; delete it') from None
         if state.get('key') != self.key:
-            raise CmlfError(f'{self.path}: checkpoint of another run (settings, seed or data); delete it')
-        self.history, self.best, self.best_epoch = state['history'], state['best'], state['best_epoch']
+            raise CmlfError(f'{self.path}: checkpoint of another run (settings, seed or data); '
+                            'delete it')
+        self.history, self.best, self.best_epoch = (
+            state['history'], state['best'], state['best_epoch'])
         self.model.load_state_dict(state['model']); self.opt.load_state_dict(state['opt'])
 
 # %% ../nbs/09_baselines.ipynb #acc35fe7
@@ -696,7 +729,8 @@ def epoch(self:_Run, part, words):
 def step(self:_Run, parts, words):
     "Train an epoch, score it, keep it if none was better, note it."
     number, loss = len(self.history), self.epoch(parts['train'], words)
-    if not math.isfinite(loss): raise CmlfError(f'loss is {loss} in epoch {number + 1}: try a lower lr')
+    if not math.isfinite(loss):
+        raise CmlfError(f'loss is {loss} in epoch {number + 1}: try a lower lr')
     value, r = selection_score(self.model, words, parts['val'], self.s.select)
     if self.best is None or value >= self.history[self.best_epoch]['score']:
         self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
@@ -728,8 +762,10 @@ def train_ce(train, val, test, # corpora, or anything with `captions`, `owner` a
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = CE(dims, words.dim, settings).to(device())
-    facts = [sorted(dims.items()), len(train), *(content_hash(p.ids.numpy(), p.owner) for p in parts.values())]
-    run, name = _Run(model, settings, seed, facts, checkpoint), 'CE' if settings.use_ce else 'MoEE'
+    facts = [sorted(dims.items()), len(train),
+             *(content_hash(p.ids.numpy(), p.owner) for p in parts.values())]
+    run, name = (_Run(model, settings, seed, facts, checkpoint),
+                 'CE' if settings.use_ce else 'MoEE')
     while len(run.history) < settings.epochs:
         run.step(parts, words)
         h = run.history[-1]
