@@ -1047,10 +1047,11 @@ def check_needs(lab:Lab, numbers, seeds:int):
     systems = {s.system for spec in asked for s in (spec, *lab.parents(spec))}
     if p.corpus in ('synthesised', 'recordings'): return
     if 'tagger' in systems:
-        raise CmlfError('pre-trained rows start from PANNs weights: give --set panns=FILE (see `cmlf '
-                        "doctor`), or leave them out with --only '*scratch* experts* ce* moee*'")
+        raise CmlfError('pre-trained rows start from PANNs weights: give --set panns=FILE (see '
+                        "`cmlf doctor`), or leave them out with --only '*scratch* experts* ce* moee*'")
     if 'experts' in systems and not p.expert_features:
-        raise CmlfError('CE and MoEE hear through features on disk: give --set expert_features=audio=FILE,'
+        raise CmlfError('CE and MoEE hear through features on disk: give --set '
+                        'expert_features=audio=FILE,'
                         "vggsound=FILE, or leave them out with --only '*scratch* *pretrained*'")
 
 # %% ../nbs/11_reproduce.ipynb #9ab581c8
