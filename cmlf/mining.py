@@ -26,7 +26,8 @@ def unit_vectors(embeddings, # (N, d) array or tensor of numbers
                 ) -> torch.Tensor:
     "(N, d) float32, rows of length 1, on the tensor's own device; `CmlfError` where a row has no direction."
     try: x = torch.as_tensor(embeddings).detach()
-    except (TypeError, ValueError) as e: raise CmlfError(f'vectors: not a table of numbers ({e})') from None
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise CmlfError(f'vectors: not a table of numbers ({e})') from None
     if x.ndim != 2 or 0 in x.shape or x.is_complex():
         raise CmlfError(f'vectors of shape {tuple(x.shape)}: give a real table (N, d), one row a pair')
     x = x.float()
@@ -131,6 +132,7 @@ def neighbours(x, # (N, d) unit vectors
                leaf:int=32, per:int=32, width:int=128):
     "Nearly the k nearest of every vector: cosines (N, k), descending, and indices (N, k)."
     n = len(x)
+    leaf = min(leaf, n)
     width = min(max(width, k // leaf + 1), -(-n // leaf))
     order = bisect(x, torch.arange(n, device=x.device), 1)
     runs = torch.cat([order, order[:-n % leaf]]).view(-1, leaf) # the last leaf is filled up from the first
@@ -726,7 +728,7 @@ def _claim(w):
 def assign(p, # (G, G) what row i is worth in column m
            rounds:int=10):
     "(G,) a row for every column, their worth together nearly the largest possible."
-    t = .08 * float(p.std()) + 1e-12
+    t = .08 * float(p.std() if len(p) > 1 else 0) + 1e-12
     a = (p - p.amax(1, keepdim=True)).div_(t).exp_()
     v = torch.ones(len(p), device=p.device)
     for _ in range(rounds): v = 1 / ((1 / (a @ v)) @ a).clamp_min(1e-30)

@@ -1,0 +1,297 @@
+"Batches are a partition whatever is mined, bounds hold whatever is brought, and bad input is one clear line."
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from cmlf import mining
+from cmlf.core import KINDS, CmlfError, rng
+from cmlf.mining import mine, unit_vectors
+
+quick = settings(max_examples=20, deadline=None)
+seeds = st.integers(0, 10_000)
+
+
+def vectors(n, d=5, seed=0, middle=.5):
+    "Random directions that lean one way, as real ones do."
+    return unit_vectors(rng(seed, 'test', n, d).normal(size=(n, d)) + middle)
+
+
+def clusters(n, d=16, topics=12, seed=0):
+    "Vectors around a few topics."
+    r = rng(seed, 'clusters', n, d)
+    at = r.normal(size=(topics, d))[r.integers(topics, size=n)]
+    return unit_vectors(at + .6 * r.normal(size=(n, d)))
+
+
+def check_partition(found, n, b):
+    assert found.batches.dtype == np.int64 and found.batches.shape == (n // b, b)
+    assert len(found.dropped) == n % b and (np.diff(found.dropped) > 0).all()
+    both = np.concatenate([found.batches.ravel(), found.dropped])
+    assert sorted(both) == list(range(n))
+
+
+def partitions(items, b):
+    "Every way to cut `items` into batches of b."
+    if not items: yield []
+    for rest in itertools.combinations(items[1:], b - 1):
+        left = [i for i in items[1:] if i not in rest]
+        yield from ([[items[0], *rest], *p] for p in partitions(left, b))
+
+
+def truth(x, b, groups=None):
+    "Lowest and highest mean in-batch cosine of all partitions, of every choice of the dropped."
+    n, w, values = len(x), (x @ x.T).double().numpy(), []
+    for kept in itertools.combinations(range(n), n - n % b):
+        for p in partitions(list(kept), b):
+            if groups is not None and any(len({groups[i] for i in some}) < b for some in p): continue
+            cos = [w[np.ix_(some, some)].sum() - np.trace(w[np.ix_(some, some)]) for some in p]
+            values.append(sum(cos) / len(p) / b / (b - 1))
+    return min(values), max(values)
+
+
+# ---- every kind, every size
+
+@quick
+@given(n=st.integers(2, 70), b=st.integers(2, 9), kind=st.sampled_from(KINDS), seed=seeds)
+def test_partition(n, b, kind, seed):
+    if n < b: return
+    found = mine(vectors(n, seed=seed), b, kind, seed=seed, sweeps=2)
+    check_partition(found, n, b)
+    x = torch.from_numpy(found.batches)
+    assert found.mean_similarity == pytest.approx(mining.mean_similarity(found.vectors, x), abs=1e-6)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('n, b', [(640, 32), (643, 32), (33, 32), (32, 32), (40, 2)])
+def test_sizes(kind, n, b): check_partition(mine(clusters(n), b, kind, sweeps=3), n, b)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_same_seed_same_batches(kind):
+    a, b = (mine(clusters(500), 16, kind, seed=3, epoch=1, sweeps=4) for _ in range(2))
+    assert (a.batches == b.batches).all() and (a.dropped == b.dropped).all()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_seeds_differ(kind):
+    a, b = (mine(clusters(500), 16, kind, seed=s, sweeps=4) for s in (0, 1))
+    assert (a.batches != b.batches).any()
+
+
+def mates(batches):
+    "All pairs of batch-mates."
+    return {p for some in batches.tolist() for p in itertools.combinations(sorted(some), 2)}
+
+
+@pytest.mark.parametrize('kind', ['easy', 'hard'])
+def test_epochs_differ_at_equal_quality(kind):
+    x = clusters(800)
+    found = [mine(x, 16, kind, epoch=k) for k in range(3)]
+    quality = [f.mean_similarity for f in found]
+    span = abs(mine(x, 16, 'random').mean_similarity - np.mean(quality))
+    assert max(quality) - min(quality) < .03 * span
+    shared = [len(mates(found[0].batches) & mates(f.batches)) / len(mates(f.batches)) for f in found[1:]]
+    assert max(shared) < .8
+
+
+def turned(x, seed=0):
+    "`x` seen from elsewhere."
+    q = np.linalg.qr(rng(seed, 'turn').normal(size=(x.shape[1],) * 2))[0]
+    return (x.double() @ torch.from_numpy(q)).float()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_rotation(kind):
+    x = clusters(480)
+    a, b = (mine(v, 16, kind, sweeps=6) for v in (x, turned(x)))
+    near = abs(a.mean_similarity - b.mean_similarity)
+    assert near < .005 # rounding may decide between equals, and no more
+    if kind == 'random': assert (a.batches == b.batches).all()
+
+
+@quick
+@given(seed=seeds, kind=st.sampled_from(KINDS))
+def test_length_and_container_do_not_matter(seed, kind):
+    x = vectors(40, seed=seed)
+    long = x.double().numpy() * 4.
+    assert (mine(x, 8, kind, sweeps=2).batches == mine(long, 8, kind, sweeps=2).batches).all()
+
+
+def test_kinds_in_order():
+    x = clusters(800)
+    easy, random, hard = (mine(x, 16, k).mean_similarity for k in ('easy', 'random', 'hard'))
+    assert easy < random < hard
+    median = mine(x, 16, 'median')
+    middle = float((x @ x.T).median())
+    off = lambda f: float(((cos(f, x) - middle) ** 2).mean())
+    assert off(median) < off(mine(x, 16, 'random'))
+
+
+def cos(found, x):
+    "All cosines inside batches."
+    v = x[torch.from_numpy(found.batches)]
+    return (v @ v.transpose(1, 2))[:, ~torch.eye(v.shape[1], dtype=bool)]
+
+
+@pytest.mark.parametrize('kind', ['easy', 'hard'])
+def test_more_sweeps_are_not_worse(kind):
+    x, sign = clusters(600), 1 if kind == 'hard' else -1
+    none, some = (sign * mine(x, 12, kind, sweeps=s).mean_similarity for s in (0, 8))
+    assert some > none
+
+
+# ---- groups
+
+@quick
+@given(seed=seeds, kind=st.sampled_from(KINDS), n=st.integers(24, 90), b=st.integers(2, 8))
+def test_groups_never_meet(seed, kind, n, b):
+    r, m = rng(seed, 'groups', n, b), n // b
+    groups = np.repeat(np.arange(n), r.integers(1, m + 1, n))[:n]
+    groups = 7 * r.permutation(groups) - 100 # any whole numbers
+    found = mine(vectors(n, seed=seed), b, kind, groups=groups, sweeps=2)
+    check_partition(found, n, b)
+    assert all(len(set(groups[some])) == b for some in found.batches)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_groups_as_large_as_can_be(kind):
+    groups = np.repeat(np.arange(8), 10) # one of each in every batch
+    found = mine(clusters(80), 8, kind, groups=groups, sweeps=3)
+    assert (np.sort(groups[found.batches], 1) == np.arange(8)).all()
+
+
+def test_groups_cost_little():
+    x = clusters(800)
+    groups = np.arange(800) // 2
+    free, apart = (mine(x, 16, 'hard', groups=g).mean_similarity for g in (None, groups))
+    assert apart > free - .05
+
+
+def test_near_duplicates():
+    x = clusters(300)
+    x = torch.cat([x, x[:40] + 1e-4])
+    labels = mining.near_duplicates(x, .999)
+    assert (labels[:40] == labels[300:]).all() and labels.dtype == np.int64
+    joined = mining.near_duplicates(x, .999, np.arange(340) // 2)
+    assert all(joined[2 * i] == joined[2 * i + 1] for i in range(170))
+
+
+# ---- where the truth is known
+
+@pytest.mark.parametrize('n, b', [(8, 2), (8, 4), (12, 3), (12, 4), (12, 6), (9, 4), (11, 5)])
+def test_brute_force(n, b):
+    for seed in range(3):
+        x = vectors(n, 3, seed)
+        lowest, highest = truth(x, b)
+        hard, easy = mine(x, b, 'hard', seed=seed), mine(x, b, 'easy', seed=seed)
+        assert highest - .05 < hard.mean_similarity < highest + 1e-6 < hard.bound + 2e-6
+        assert lowest + .05 > easy.mean_similarity > lowest - 1e-6 > easy.bound - 2e-6
+
+
+@pytest.mark.parametrize('n, b', [(8, 2), (8, 4), (9, 4), (10, 3)])
+def test_brute_force_with_groups(n, b):
+    for seed in range(3):
+        x, groups = vectors(n, 3, seed), rng(seed, 'pairs').permutation(n) // 2
+        lowest, highest = truth(x, b, groups)
+        hard, easy = mine(x, b, 'hard', groups=groups), mine(x, b, 'easy', groups=groups)
+        assert highest - .08 < hard.mean_similarity < highest + 1e-6 < hard.bound + 2e-6
+        assert lowest + .08 > easy.mean_similarity > lowest - 1e-6 > easy.bound - 2e-6
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, n=st.integers(4, 9), b=st.integers(2, 4), middle=st.sampled_from([-.5, 0., .5, 3.]))
+def test_no_partition_beats_a_bound(seed, n, b, middle):
+    x = vectors(n, 3, seed, middle)
+    lowest, highest = truth(x, b)
+    u = torch.from_numpy(rng(seed, 'prices').normal(size=n) / 3).float()
+    assert mining.easy_bound(x, n // b, b) <= lowest + 1e-6
+    assert mining.price_bound(x, u, n // b, b) >= highest - 1e-6 # any prices will do
+    assert mining.hard_bound(x, n // b, b) >= highest - 1e-6
+
+
+# ---- the bound on larger sets
+
+@pytest.mark.parametrize('n, b', [(600, 12), (605, 12), (400, 50)])
+@pytest.mark.parametrize('grouped', [False, True])
+def test_listed_value_is_the_bound(n, b, grouped):
+    x, m = clusters(n), n // b
+    groups = torch.from_numpy(rng(0, 'g').integers(0, n // 3, n)) if grouped else None
+    p = mining.first_prices(x, m, b, groups)
+    for _ in mining.falling_bounds(p, 0):
+        assert p.value() == pytest.approx(mining.price_bound(x, p.u, m, b, groups), abs=2e-6)
+    for _ in mining.falling_bounds(p, 2): assert p.fee.numel() == 0 or p.fee.min() >= 0
+    assert p.value() == pytest.approx(written_out(p), abs=2e-6)
+
+
+def written_out(p):
+    "D(u, fees) over all pairs, as its formula has it."
+    over = (p.x @ p.x.T - p.u - p.u[:, None]).double()
+    for (j, i, k), fee in zip(p.trios.T.tolist(), p.fee.tolist()):
+        for a, c, sign in ((j, i, -1), (j, k, -1), (i, k, 1)): over[min(a, c), max(a, c)] += sign * fee
+    if p.groups is not None: over[p.groups[:, None] == p.groups] = 0
+    size = p.m * p.b
+    seats = (p.b - 1) * p.u.double().topk(size).values.sum() + p.fee.double().sum()
+    return float(seats + over.triu(1).clamp_min(0).sum()) * 2 / size / (p.b - 1)
+
+
+def test_bounds_are_ordered():
+    x = clusters(600)
+    w = (x @ x.T).fill_diagonal_(-2).topk(11).values
+    nearest, half = float(w.mean()), mining.price_bound(x, w[:, -1] / 2, 50, 12)
+    prices, trios = (mining.hard_bound(x, 50, 12, rounds=k) for k in (0, 5))
+    assert mine(x, 12, 'hard').mean_similarity <= trios < prices <= half <= nearest + 1e-6
+    assert mining.sampled_bound(x, 50, 12, rows=300) >= prices - 1e-3
+
+
+def test_known_optimum():
+    x = unit_vectors(np.repeat(np.eye(10), 8, 0)) # ten topics of eight: hard batches of 8 are the topics
+    found = mine(x, 8, 'hard')
+    assert found.mean_similarity == pytest.approx(1) and found.bound == pytest.approx(1) and found.gap < 1e-6
+    easy = mine(x, 10, 'easy') # and easy batches of 10 have one of each
+    assert easy.mean_similarity == pytest.approx(0, abs=1e-6) and easy.gap < 1e-6
+
+
+def test_summary_is_json():
+    import json
+    for kind in KINDS:
+        s = json.loads(json.dumps(mine(clusters(100), 8, kind, sweeps=1).summary()))
+        assert s['batches'] == 12 and s['dropped'] == 4 and (s['bound'] is None) == (kind in ('random', 'median'))
+
+
+# ---- bad input
+
+good = vectors(40)
+broken = good.clone(); broken[7, 1] = torch.nan
+endless = good.clone(); endless[8, 0] = torch.inf
+nothing = good.clone(); nothing[9] = 0
+
+@pytest.mark.parametrize('x, settings, says', [
+    (broken, {}, 'vector 7 of 40 is not finite'),
+    (endless, {}, 'vector 8 of 40 is not finite'),
+    (nothing, {}, 'vector 9 of 40 is all zeros'),
+    (good[:5], {}, '5 vectors do not fill a batch of 8'),
+    (good[0], {}, 'shape'),
+    (good[None], {}, 'shape'),
+    (good[:, :0], {}, 'shape'),
+    ([['a', 'b']], {}, 'not a table of numbers'),
+    (None, {}, 'vectors'),
+    (good, dict(kind='hrad'), "did you mean 'hard'"),
+    (good, dict(kind=None), 'unknown kind'),
+    (good, dict(batch_size=1), 'batch_size=1'),
+    (good, dict(batch_size=8.), 'batch_size=8.0'),
+    (good, dict(batch_size=True), 'batch_size=True'),
+    (good, dict(sweeps=-1), 'sweeps=-1'),
+    (good, dict(sweeps=1.5), 'sweeps=1.5'),
+    (good, dict(sweeps='ten'), "sweeps='ten'"),
+    (good, dict(groups=np.zeros(40, int)), 'group 0 has 40 members for 5 batches'),
+    (good, dict(groups=np.arange(39)), 'groups of shape'),
+    (good, dict(groups=np.arange(40)[:, None]), 'groups of shape'),
+    (good, dict(groups=np.arange(40) / 2), 'groups of type float64'),
+    (good, dict(groups=['a'] * 40), 'groups of type'),
+])
+def test_bad_input(x, settings, says):
+    with pytest.raises(CmlfError) as error: mine(x, **dict(dict(batch_size=8, kind='hard'), **settings))
+    assert says in str(error.value) and '\n' not in str(error.value)
