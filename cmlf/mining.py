@@ -8,7 +8,7 @@ __all__ = ['HOT', 'COLD', 'SWEEPS', 'ALL_PAIRS', 'unit_vectors', 'batch_sums', '
            'descend', 'find_trios', 'add_trios', 'falling_bounds', 'hard_bound', 'listed_prices', 'sampled_bound',
            'Blocks', 'make_blocks', 'Clans', 'find_clans', 'fill', 'Field', 'undecide', 'settle', 'recall', 'scores',
            'cool', 'admit', 'exchange', 'promising', 'matchings', 'Task', 'anneal', 'trade', 'mine_hard', 'assign',
-           'hand_out', 'mine_easy', 'shake', 'median_cosine', 'weigh_for', 'mine_random', 'mine_median',
+           'hand_out', 'shake', 'mine_easy', 'median_cosine', 'weigh_for', 'mine_random', 'mine_median',
            'choose_dropped', 'separate', 'Mined', 'mine', 'near_duplicates']
 
 # %% ../nbs/04_mining.ipynb #c18989fc
@@ -24,17 +24,20 @@ from .core import KINDS, CmlfError, has_bf16, one_of, rng
 # %% ../nbs/04_mining.ipynb #a01e87a9
 def unit_vectors(embeddings, # (N, d) array or tensor of numbers
                 ) -> torch.Tensor:
-    "(N, d) float32, rows of length 1, on the tensor's own device; `CmlfError` where a row has no direction."
+    "(N, d) float32, rows of length 1, on their own device; a row without direction is refused."
     try: x = torch.as_tensor(embeddings).detach()
     except (TypeError, ValueError, RuntimeError) as e:
         raise CmlfError(f'vectors: not a table of numbers ({e})') from None
     if x.ndim != 2 or 0 in x.shape or x.is_complex():
-        raise CmlfError(f'vectors of shape {tuple(x.shape)}: give a real table (N, d), one row a pair')
+        shape = tuple(x.shape)
+        raise CmlfError(f'vectors of shape {shape}: give a real table (N, d), one row a pair')
     x = x.float()
-    x = x / x.abs().amax(1, keepdim=True).clamp_min(1e-30) # so that squares neither overflow nor vanish
+    x = x / x.abs().amax(1, keepdim=True).clamp_min(1e-30) # or squares overflow
     length = x.norm(dim=1, keepdim=True)
     for bad, why in ((~length.isfinite(), 'is not finite'), (length == 0, 'is all zeros')):
-        if bad.any(): raise CmlfError(f'vector {int(bad.nonzero()[0, 0])} of {len(x)} {why}: encode it again or leave it out')
+        if not bad.any(): continue
+        which = f'vector {int(bad.nonzero()[0, 0])} of {len(x)}'
+        raise CmlfError(f'{which} {why}: encode it again or leave it out')
     return x.div_(length)
 
 # %% ../nbs/04_mining.ipynb #b4d8cf47
@@ -87,7 +90,8 @@ def price_bound(x, # (N, d) unit vectors
     over = 0.
     for i in range(0, len(x), 1024):
         for j in range(i, len(x), tile):
-            w = torch.addmm(-u[j:j + tile], x[i:i + 1024], x[j:j + tile].T).sub_(u[i:i + 1024, None])
+            w = torch.addmm(-u[j:j + tile], x[i:i + 1024], x[j:j + tile].T)
+            w -= u[i:i + 1024, None]
             over += float((w.triu_(i - j + 1) if j < i + 1024 else w).clamp_min_(0).sum())
     if groups is not None:
         i, j = _twins(groups)
@@ -95,7 +99,7 @@ def price_bound(x, # (N, d) unit vectors
     seats = (b - 1) * float(u.double().topk(m * b).values.sum())
     return (seats + over) * 2 / (m * b * (b - 1))
 
-# %% ../nbs/04_mining.ipynb #69d2313a
+# %% ../nbs/04_mining.ipynb #c481de82
 def _axis(y, steps:int=3):
     "Principal axis of every node's members `y` (P, n, d), roughly: (P, d, 1)."
     y = y[:, ::max(1, y.shape[1] // 256)]
@@ -104,11 +108,12 @@ def _axis(y, steps:int=3):
     for _ in range(steps): v = normalize(y.transpose(1, 2) @ (y @ v), dim=1)
     return v
 
+# %% ../nbs/04_mining.ipynb #709efce9
 def bisect(x, # (N, d) vectors
            order, # (P * size,) indices in any order
            size:int, # members of a leaf
           ) -> torch.Tensor:
-    "`order` rearranged so that each run of `size` holds neighbours, and near runs hold near vectors."
+    "`order` rearranged: each run of `size` holds neighbours, and near runs hold near vectors."
     order, parts = order.clone(), [(0, len(order) // size)]
     while max(k for _, k in parts) > 1:
         for k in {k for _, k in parts if k > 1}:
@@ -117,12 +122,13 @@ def bisect(x, # (N, d) vectors
                 at = (some[:, None] * size + torch.arange(k * size)).to(order.device)
                 y = x[order[at]]
                 order[at] = order[at].gather(1, (y @ _axis(y)).squeeze(2).argsort(1))
-        parts = [q for s, k in parts for q in ([(s, k // 2), (s + k // 2, k - k // 2)] if k > 1 else [(s, k)])]
+        halves = lambda s, k: [(s, k // 2), (s + k // 2, k - k // 2)] if k > 1 else [(s, k)]
+        parts = [half for s, k in parts for half in halves(s, k)]
     return order
 
 # %% ../nbs/04_mining.ipynb #27687738
 def _nearest_runs(c, order, first, last, k:int):
-    "For each range of `order`, the k rows of `c` (M, d) nearest to any in the range, ascending: (P, k)."
+    "For each range of `order`, the k rows of `c` (M, d) nearest to any in it, ascending: (P, k)."
     best = [(c[order[f:l + 1]] @ c.T).amax(0).topk(k).indices for f, l in zip(first, last)]
     return torch.stack(best).sort(1).values
 
@@ -135,7 +141,7 @@ def neighbours(x, # (N, d) unit vectors
     leaf = min(leaf, n)
     width = min(max(width, k // leaf + 1), -(-n // leaf))
     order = bisect(x, torch.arange(n, device=x.device), 1)
-    runs = torch.cat([order, order[:-n % leaf]]).view(-1, leaf) # the last leaf is filled up from the first
+    runs = torch.cat([order, order[:-n % leaf]]).view(-1, leaf) # the last is filled up
     c = normalize(x[runs].sum(1), dim=1)
     cosine, index = x.new_empty(n, k), order.new_empty(n, k)
     for f in range(0, len(runs), per):
@@ -149,7 +155,7 @@ def neighbours(x, # (N, d) unit vectors
 
 # %% ../nbs/04_mining.ipynb #74879e8d
 def _priced(x, u):
-    "Tables (N, d + 4) whose product is $\\cos(e_i, e_j) - u_i - u_j$, in fast numbers; and how far off it can be."
+    "Tables (N, d + 4) whose product is the excess of all pairs, in fast numbers; and its error."
     low = torch.bfloat16 if x.device.type == 'cpu' and has_bf16(x.device) else torch.float32
     a, one = -u.to(low), torch.ones_like(u, dtype=low)
     rest = (-u - a.float()).to(low) # bf16 alone is too coarse for a price
@@ -162,7 +168,7 @@ def close_pairs(x, # (N, d) unit vectors
                 u, # (N,) prices
                 slack:float, # how far below its price a pair may be
                 tile:int=4096) -> torch.Tensor:
-    "(P,) pairs i < j as i N + j: at least all with $\\cos(e_i, e_j) > u_i + u_j$ - `slack`, ascending."
+    "(P,) pairs i < j as i N + j, ascending: at least all whose excess is above -`slack`."
     n, found = len(x), []
     left, right, off = _priced(x, u)
     for i in range(0, n, 1024):
@@ -187,7 +193,8 @@ class Prices:
     def excess(self):
         "(P,) by how much every listed pair is above its price."
         over = self.w - self.u[self.i] - self.u[self.j]
-        for side, sign in zip(self.sides, (-1, -1, 1)): over.index_add_(0, side, self.fee, alpha=sign)
+        for side, sign in zip(self.sides, (-1, -1, 1)):
+            over.index_add_(0, side, self.fee, alpha=sign)
         return over
 
     def value(self) -> float:
@@ -210,19 +217,20 @@ def list_pairs(p:Prices, # whose list to renew
     p.w = torch.cat([(p.x[a] * p.x[c]).sum(1) for a, c in zip(p.i.split(2**16), p.j.split(2**16))])
     if p.groups is not None: p.w[p.groups[p.i] == p.groups[p.j]] = -1e6
 
-# %% ../nbs/04_mining.ipynb #7d36ef79
+# %% ../nbs/04_mining.ipynb #1ae9831f
 def _no_trios(x): return x.new_zeros(3, 0, dtype=torch.int32), x.new_zeros(0)
 
 def first_prices(x, # (N, d) unit vectors
                  m:int, # batches
                  b:int, # batch size
                  groups=None) -> Prices: # (N,) labels
-    "Half the cosine of everyone's (B - 1)-th neighbour, or nearly; no fees, and nothing listed yet."
+    "Half the cosine of everyone's (B - 1)-th neighbour, or nearly; no fees, nothing listed."
     u = neighbours(x, b - 1)[0][:, -1].clamp_min(0) / 2
     return Prices(x, m, b, groups, u, *_no_trios(x))
 
+# %% ../nbs/04_mining.ipynb #cf2a2c06
 def survey(p:Prices, slack:float=.05):
-    "List all pairs above their price, or below by less than `slack`; no price may fall by more than half of that."
+    "List all pairs less than `slack` below their price; no price may fall by more than half of it."
     p.floor = p.u - slack / 2
     list_pairs(p, close_pairs(p.x, p.u, slack))
 
@@ -250,7 +258,7 @@ def _ranks(key):
     return torch.arange(len(key), device=key.device) - torch.searchsorted(key, key)
 
 def _company_of(p:Prices, key, share, wide:int=48):
-    "Everyone's closest company at the listed `share`s: who (N, wide), -1 for nobody, and how much of them."
+    "Everyone's closest company: who (N, wide), -1 for nobody, and how much of them."
     n = len(p.x)
     me, you = torch.cat([key // n, key % n]), torch.cat([key % n, key // n])
     order = share.repeat(2).argsort(descending=True)
@@ -277,7 +285,8 @@ def find_trios(p:Prices, # prices, and the pairs listed
         legs = much[hub][:, first] + much[hub][:, second] - 1
         row, at = (legs > least).nonzero().T
         i, k = who[hub[row], first[at]], who[hub[row], second[at]]
-        found.append(_worst(hub, row, i, k, legs[row, at] - _shares(key, share, _pair(n, i, k)), least, per))
+        broken = legs[row, at] - _shares(key, share, _pair(n, i, k))
+        found.append(_worst(hub, row, i, k, broken, least, per))
     return torch.cat(found, 1)
 
 # %% ../nbs/04_mining.ipynb #ce7c4955
@@ -288,7 +297,7 @@ def _shares(key, share, wanted):
     return share[at] * (key[at] == wanted)
 
 def _worst(hub, row, i, k, broken, least, per):
-    "Trios (3, T) of `hub[row]`, i and k with the largest `broken`, above `least`, up to `per` a hub."
+    "Trios (3, T) of `hub[row]`, i, k with the largest `broken` above `least`, up to `per` a hub."
     order = (broken > least).nonzero().squeeze(1)
     order = order[broken[order].argsort(descending=True)]
     order = order[row[order].argsort(stable=True)]
@@ -304,7 +313,7 @@ def add_trios(p:Prices, new):
     p.trios, p.fee = torch.cat([p.trios, new], 1), torch.cat([p.fee, p.fee.new_zeros(new.shape[1])])
     list_pairs(p, p.key)
 
-# %% ../nbs/04_mining.ipynb #85c2158f
+# %% ../nbs/04_mining.ipynb #e5db5469
 def falling_bounds(p:Prices, # first prices
                    rounds:int): # of new trios; 0: prices alone
     "Ever lower bounds, as a generator, from the first prices on."
@@ -319,6 +328,7 @@ def falling_bounds(p:Prices, # first prices
         descend(p, [t] * 25)
         yield p.value()
 
+# %% ../nbs/04_mining.ipynb #b5308354
 def hard_bound(x, # (N, d) unit vectors
                m:int, # batches
                b:int, # batch size
@@ -333,7 +343,7 @@ def listed_prices(x, m:int, b:int, groups=None) -> Prices:
     n, k = len(x), min(len(x) - 1, 2 * b)
     w, at = neighbours(x, k)
     p = Prices(x, m, b, groups, w[:, min(b - 1, k) - 1].clamp_min(0) / 2, *_no_trios(x))
-    p.floor = w[:, -1] / 2 # what is on nobody's list is then below its price, as far as lists are complete
+    p.floor = w[:, -1] / 2 # with complete lists, what is on none is below its price
     list_pairs(p, _pair(n, torch.arange(n, device=x.device).unsqueeze(1), at).flatten())
     descend(p, np.geomspace(.03, .003, 30))
     return p
@@ -353,11 +363,11 @@ def sampled_bound(x, # (N, d) unit vectors
                   b:int, # batch size
                   groups=None, # (N,) labels
                   rows:int=4096) -> float:
-    "An upper bound for hard batches that holds with a probability of 0.99997, from `rows` rows of all pairs."
+    "Upper bound for hard batches, right with a probability of 0.99997, from `rows` rows of pairs."
     p, n = listed_prices(x, m, b, groups), len(x)
     pick = torch.from_numpy(rng(0, 'bound').permutation(n)[:rows]).to(x.device)
     over = torch.cat([_row_excess(p, some) for some in pick.split(512)])
-    off = 4 * over.std() * ((n - len(over)) / n / len(over)) ** .5 # nothing is left to chance with all rows
+    off = 4 * over.std() * ((n - len(over)) / n / len(over)) ** .5 # none with all rows
     seats = (b - 1) * p.u.double().topk(m * b).values.sum()
     return min(1., float(seats + n * (over.mean() + off) / 2) * 2 / (m * b * (b - 1)))
 
@@ -387,17 +397,18 @@ def make_blocks(sums, # (M, d) sum of every batch
                 top, # (N,) the batch every vector leans to
                 order, # (M,) batches in the order of a tree
                 length:int=512, width:int=128) -> Blocks:
-    "Blocks of `length` vectors, following the batches along `order`, with the `width` nearest batches."
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    "Blocks of `length` vectors along `order`, with the `width` batches nearest to each."
+    place = order.argsort()
     items = place[top].argsort(stable=True)
     n, length = len(items), min(length, len(items))
     items = torch.cat([items, items[-1:].expand(-n % length)]).view(-1, length)
     real = (torch.arange(items.numel(), device=items.device) < n).view(*items.shape, 1).float()
     at = place[top[items]]
-    near = _nearest_runs(normalize(sums, dim=1), order, at.amin(1).tolist(), at.amax(1).tolist(), min(width, len(sums)))
+    first, last = at.amin(1).tolist(), at.amax(1).tolist()
+    near = _nearest_runs(normalize(sums, dim=1), order, first, last, min(width, len(sums)))
     return Blocks(items, real, near, len(sums))
 
-# %% ../nbs/04_mining.ipynb #4f332283
+# %% ../nbs/04_mining.ipynb #64dc2802
 @dataclass
 class Clans:
     "Members of one group in one block, and what a batch costs them."
@@ -408,7 +419,7 @@ class Clans:
     toll: torch.Tensor  # (C, K)
 
     def raise_tolls(self, q, t:float):
-        "Make dearer, at temperature `t`, what a clan has more than 1 of, and cheaper the rest; q (R, K) shares."
+        "Make dearer what a clan has more than 1 of, cheaper the rest; q (R, K) shares."
         load = torch.zeros_like(self.toll).index_add_(0, self.clan, q)
         self.toll = (self.toll + t * load.clamp_min(1e-6).log()).clamp_min(0)
 
@@ -418,19 +429,21 @@ class Clans:
         at = torch.searchsorted(known, self.key).clamp_max(len(known) - 1)
         self.toll = old.toll.flatten()[order[at]] * (known[at] == self.key)
 
+# %% ../nbs/04_mining.ipynb #de7339ab
 def find_clans(blocks:Blocks, # vectors in blocks
                groups, # (N,) labels, or None
               ) -> Clans|None:
     "The clans of all blocks, without tolls; None if no two vectors of a group share a block."
     if groups is None: return None
-    block = torch.arange(len(blocks.items), device=groups.device).unsqueeze(1).expand_as(blocks.items).flatten()
+    block = torch.arange(len(blocks.items), device=groups.device)
+    block = block.repeat_interleave(blocks.items.shape[1])
     key = block * (int(groups.max()) + 1) + groups[blocks.items].flatten()
     rows = blocks.real.flatten().nonzero().squeeze(1)
     _, clan, size = key[rows].unique(return_inverse=True, return_counts=True)
     rows, clan = rows[size[clan] > 1], clan[size[clan] > 1]
     if not len(rows): return None
     clan = clan.unique(return_inverse=True)[1]
-    one = torch.empty_like(rows[:int(clan.max()) + 1]).scatter_(0, clan, rows) # a member of each clan
+    one = rows.new_empty(int(clan.max()) + 1).scatter_(0, clan, rows) # a member of each clan
     key = groups[blocks.items].flatten()[one].unsqueeze(1) * blocks.m + blocks.near[block[one]]
     return Clans(rows, clan, block[rows], key, torch.zeros(key.shape, device=groups.device))
 
@@ -441,19 +454,20 @@ def fill(a, # (P, L, K) exp(score / t), overwritten
          clans:Clans|None=None, # who pays tolls
          t:float=1., # temperature
          rounds:int=10):
-    "Shares q (P, L, K), rows adding to 1 and batches to about `b`; and the (M,) factors that did it."
+    "Shares q (P, L, K), rows adding to 1, batches to about `b`; and the (M,) factors that did it."
     real, v = blocks.real.to(a.dtype), torch.ones(blocks.m, device=a.device)
     if clans: free, flat = a.flatten(0, 1)[clans.rows].float(), a.flatten(0, 1)
     rows = lambda: real / (a @ v[blocks.near].unsqueeze(2).to(a.dtype)).clamp_min(1e-30)
     for _ in range(rounds):
         if clans: flat[clans.rows] = (free * (-clans.toll / t).exp()[clans.clan]).to(a.dtype)
         u = rows()
-        v = (b / blocks.per_batch((a.transpose(1, 2) @ u).squeeze(2)).clamp_min(1e-3)).clamp(1e-3, 1e3)
+        load = blocks.per_batch((a.transpose(1, 2) @ u).squeeze(2))
+        v = (b / load.clamp_min(1e-3)).clamp(1e-3, 1e3)
         if clans: clans.raise_tolls(flat[clans.rows].float() * u.flatten(0, 1)[clans.rows].float()
                                     * v[blocks.near[clans.block]], t)
     return a.mul_(rows()).mul_(v[blocks.near].unsqueeze(1).to(a.dtype)), v
 
-# %% ../nbs/04_mining.ipynb #345a717b
+# %% ../nbs/04_mining.ipynb #b872276f
 @dataclass
 class Field:
     "Undecided vectors."
@@ -465,10 +479,12 @@ class Field:
     liked: torch.Tensor   # (N, k) batches of the largest shares
     share: torch.Tensor   # (N, k) these shares
 
+# %% ../nbs/04_mining.ipynb #112c77e0
 def undecide(x, batches, b, groups=None) -> Field:
     "All of (M, B) `batches`, as a field where every vector still belongs to its batch alone."
     m = len(batches)
-    f = Field(x, b, groups, x[batches].sum(1), x.new_zeros(m), batches.new_zeros(len(x), 1), x.new_zeros(len(x), 1))
+    liked, share = batches.new_zeros(len(x), 1), x.new_zeros(len(x), 1)
+    f = Field(x, b, groups, x[batches].sum(1), x.new_zeros(m), liked, share)
     f.liked[batches.flatten(), 0] = torch.arange(m, device=x.device).repeat_interleave(b)
     f.share[batches.flatten()] = 1
     f.clans = None
@@ -491,14 +507,14 @@ def settle(f:Field, order):
     if old and f.clans: f.clans.inherit(old)
 
 def recall(f:Field, values, many:int=8):
-    "Each vector's `many` largest of (P, L, K) values, and the batches they stand for, both (N, many)."
+    "Each vector's `many` largest of (P, L, K) values, and the batches they stand for: (N, many)."
     v, at = values.topk(min(many, values.shape[2]), 2)
     batch = f.blocks.near.unsqueeze(1).expand(-1, v.shape[1], -1).gather(2, at)
     return f.blocks.unblock(v.float(), len(f.x)), f.blocks.unblock(batch, len(f.x))
 
 # %% ../nbs/04_mining.ipynb #b597cbd5
 def scores(f:Field):
-    "(P, L, K) $e_i \\cdot S_m - q_{im} - p_m$ and tolls, up to a constant of each row that shares ignore."
+    "(P, L, K) $e_i \\cdot S_m - q_{im} - p_m$, up to a constant of each row, which shares ignore."
     near = f.blocks.near
     c = f.sums[near] - f.sums[near].mean(1, keepdim=True) # small numbers, for the sake of bf16
     p = f.v @ c.to(f.low).transpose(1, 2)
@@ -515,7 +531,7 @@ def cool(f:Field, t:float):
     full = f.blocks.per_batch(turned @ f.blocks.real.to(f.low)).clamp_min(1)
     f.sums = f.blocks.per_batch(turned @ f.v) * (f.b / full) + f.b * f.mean
 
-# %% ../nbs/04_mining.ipynb #2c779f36
+# %% ../nbs/04_mining.ipynb #80bf71f5
 def _queue(key):
     "(n,) how many entries with the same key come before each."
     order = key.argsort(stable=True)
@@ -523,6 +539,7 @@ def _queue(key):
     same = key[order].diff(prepend=key.new_full((1,), -1)) == 0
     return torch.empty_like(order).scatter_(0, order, at - at.masked_fill(same, 0).cummax(0).values)
 
+# %% ../nbs/04_mining.ipynb #f95a0658
 def admit(score, # (N, k) how well every vector's choices suit it, best first
           choice, # (N, k) these batches
           m:int, # batches
@@ -544,9 +561,11 @@ def admit(score, # (N, k) how well every vector's choices suit it, best first
     order = seat.argsort(stable=True)
     return order[-m * b:].view(m, b), order[:-m * b]
 
+# %% ../nbs/04_mining.ipynb #9d83b741
 def _take_rest(seat, score, m, b):
     "Seats that are left, to those who have none, highest scores first."
-    free = torch.arange(m, device=seat.device).repeat_interleave(b - torch.bincount(seat[seat >= 0], minlength=m))
+    left = b - torch.bincount(seat[seat >= 0], minlength=m)
+    free = torch.arange(m, device=seat.device).repeat_interleave(left)
     out = (seat < 0).nonzero().squeeze(1)
     seat[out[score[out, 0].argsort(descending=True, stable=True)][:len(free)]] = free
     return seat
@@ -589,20 +608,21 @@ def exchange(x, # (N, d) unit vectors
         w.diagonal(dim1=1, dim2=2).zero_()
         batches[some.flatten()] = ids.gather(1, _swaps(w, steps)).view(-1, b)
 
-# %% ../nbs/04_mining.ipynb #78302e7f
+# %% ../nbs/04_mining.ipynb #e863d80a
 def _keenness(x, batches, sums, rows, near):
-    "How much the keenest member of each of `rows` (R,) gains by moving to each of `near` (K,): (R, K)."
+    "(R, K) what the keenest member of each of `rows` (R,) gains by moving to each of `near` (K,)."
     v, middle = x[batches[rows]], sums[near].mean(0)
     stay = (v * (sums[rows] - middle).unsqueeze(1)).sum(2, keepdim=True)
     return (v @ (sums[near] - middle).T - stay).amax(1)
 
+# %% ../nbs/04_mining.ipynb #7a6bcb3f
 def promising(x, # (N, d) unit vectors
               batches, # (M, B)
               sums, # (M, d) their sums
               order, # (M,) batches in the order of a tree
               floor:float, # least promise
               width:int=256, per:int=32):
-    "Pairs (Q, 2) of neighbouring batches whose keenest members together gain more than `floor`, keenest first."
+    "Pairs (Q, 2) of batches whose keenest members together gain more than `floor`, keenest first."
     m, c, found = len(batches), normalize(sums, dim=1), []
     for rows in order.split(per):
         near = (c[rows] @ c.T).amax(0).topk(min(width, m)).indices
@@ -620,7 +640,7 @@ def promising(x, # (N, d) unit vectors
 def matchings(pairs, # (Q, 2) most promising first
               m:int, # batches
               most:int):
-    "Up to `most` matchings (q, 2), none using a batch twice, each taking the most promising pairs left."
+    "Up to `most` matchings (q, 2), none using a batch twice, of the most promising pairs left."
     for _ in range(most):
         if not len(pairs): return
         rank = torch.arange(len(pairs), device=pairs.device)
@@ -663,11 +683,11 @@ class Task:
         self.history.append((what, float(similarity(sums, self.b).mean())))
         return self.history[-1][1]
 
-# %% ../nbs/04_mining.ipynb #89ccf59f
+# %% ../nbs/04_mining.ipynb #98d9dc16
 HOT, COLD = .14, .08
 
 def anneal(task:Task, batches):
-    "Undecided vectors cooled for `task.sweeps` steps from `batches`; new batches (M, B) and the dropped."
+    "Vectors of `batches` undecided, cooled in `task.sweeps` steps: batches (M, B) and the dropped."
     f = undecide(task.x, batches, task.b, task.groups)
     for k in range(task.sweeps):
         if k % 5 == 0:
@@ -680,16 +700,19 @@ def anneal(task:Task, batches):
     if f.clans: p.flatten(0, 1)[f.clans.rows] -= f.clans.toll[f.clans.clan].to(p.dtype)
     return admit(*recall(f, p, 64 if f.clans else 16), task.m, task.b, task.groups)
 
+# %% ../nbs/04_mining.ipynb #ec0bf0d1
 def trade(task:Task, batches, sweeps:int=8):
-    "Sweeps of exchange between promising pairs of batches, in place, until one gains next to nothing."
+    "Exchange between promising pairs of batches, in place, until a sweep gains next to nothing."
     last = -1.
     for _ in range(sweeps):
         sums = batch_sums(task.x, batches)
         now = task.note('exchange', sums)
         if abs(now - last) < 5e-5: break
         pairs, last = promising(task.x, batches, sums, task.tree(sums), -2 * (1 - now)), now
-        for some in matchings(pairs, task.m, 12): exchange(task.x, batches, some, task.weigh, task.groups)
+        for some in matchings(pairs, task.m, 12):
+            exchange(task.x, batches, some, task.weigh, task.groups)
 
+# %% ../nbs/04_mining.ipynb #a5a2d805
 def mine_hard(task:Task):
     "Tree, annealing, exchange: batches (M, B) and the dropped."
     order = task.shuffled(len(task.x))
@@ -701,9 +724,9 @@ def mine_hard(task:Task):
         trade(task, batches)
     return batches, dropped
 
-# %% ../nbs/04_mining.ipynb #959a6304
+# %% ../nbs/04_mining.ipynb #70d53d2b
 def _swap_pairs(p, rounds:int):
-    "(G,) rows of `p` (G, G) for its columns after swaps between pairs that gain most from each other."
+    "(G,) rows of `p` (G, G) for its columns after swaps between those who gain most by it."
     here = torch.arange(len(p), device=p.device)
     row = here.clone()
     for _ in range(rounds):
@@ -713,8 +736,9 @@ def _swap_pairs(p, rounds:int):
         row = torch.where(pick, row[mate], row)
     return row
 
+# %% ../nbs/04_mining.ipynb #15b1196f
 def _claim(w):
-    "(G,) a row of `w` (G, G) for every column: all ask for their best free column, the keenest get it, again and again."
+    "(G,) a row of `w` (G, G) for each column: all ask for the best one free, the keenest get it."
     row = torch.full_like(w[0], -1, dtype=torch.long)
     rows = cols = torch.arange(len(w), device=w.device)
     while len(rows):
@@ -725,6 +749,7 @@ def _claim(w):
         rows, cols = rows[~torch.isin(rows, row)], cols[row[cols] < 0]
     return row
 
+# %% ../nbs/04_mining.ipynb #9ccb2120
 def assign(p, # (G, G) what row i is worth in column m
            rounds:int=10):
     "(G,) a row for every column, their worth together nearly the largest possible."
@@ -735,7 +760,7 @@ def assign(p, # (G, G) what row i is worth in column m
     row = _claim(p + t * v.log())
     return row[_swap_pairs(p[row], 2)]
 
-# %% ../nbs/04_mining.ipynb #dc22ec11
+# %% ../nbs/04_mining.ipynb #2a4f6f44
 def _clash(groups, ids, batches):
     "(n, G) whether a member of the group of `ids` (n,) is in one of `batches` (G, k)."
     g, members = groups[ids], groups[batches]
@@ -745,53 +770,60 @@ def _clash(groups, ids, batches):
         out[some] = (g[some].view(-1, 1, 1) == members).any(2)
     return out
 
+# %% ../nbs/04_mining.ipynb #720db0a1
 def hand_out(task:Task, batches, sums, some, slot:int, filled):
-    "Give the members that batches `some` have in `slot` to each other, as the other `filled` slots like it best."
+    "Hand the members of batches `some` in `slot` out anew, as the other `filled` slots like best."
     ids = batches[some, slot]
     others = [s for s in filled if s != slot]
     sums[some] -= task.x[ids] * (slot in filled)
     p = -(task.x[ids] @ (sums[some] - sums[some].mean(0)).T)
-    if task.groups is not None: p -= 4. * task.b * _clash(task.groups, ids, batches[some][:, others])
+    if task.groups is not None:
+        p -= 4. * task.b * _clash(task.groups, ids, batches[some][:, others])
     row = assign(p)
     if p[row, torch.arange(len(p))].sum() > p.diagonal().sum() or slot not in filled: ids = ids[row]
     batches[some, slot] = ids
     sums[some] += task.x[ids]
 
-# %% ../nbs/04_mining.ipynb #a7b40375
+# %% ../nbs/04_mining.ipynb #e3b48640
+def shake(task:Task, batches, rounds:int):
+    "Rounds of exchange between random pairs of batches, in place."
+    for k in range(rounds):
+        pairs = task.shuffled(task.m)[:task.m // 2 * 2].view(-1, 2)
+        exchange(task.x, batches, pairs, task.weigh, task.groups)
+        if k % 8 == 7 or k == rounds - 1: task.note('exchange', batch_sums(task.x, batches))
+
+# %% ../nbs/04_mining.ipynb #c0c2bf34
 def mine_easy(task:Task, crowd:int=1600):
-    "Strata handed out slot by slot, `task.sweeps` times; exchange between random pairs: batches (M, B), dropped."
+    "Strata handed out `task.sweeps` times, then random exchange: batches (M, B), the dropped."
     order, m, b = task.shuffled(len(task.x)), task.m, task.b
     strata = bisect(task.x, order[:m * b], m).view(b, m)
     batches, sums = strata.T.contiguous(), task.x.new_zeros(m, task.x.shape[1])
     for k in range(task.sweeps):
         filled = list(range(b)) if k else []
         for slot in range(b):
-            for some in task.shuffled(m).tensor_split(-(-m // crowd)): hand_out(task, batches, sums, some, slot, filled)
+            for some in task.shuffled(m).tensor_split(-(-m // crowd)):
+                hand_out(task, batches, sums, some, slot, filled)
             if not k: filled.append(slot)
         task.note('hand out', sums)
     shake(task, batches, min(8, task.sweeps) if m > 32 else 2 * m)
     return batches, order[m * b:]
 
-def shake(task:Task, batches, rounds:int):
-    "Rounds of exchange between random pairs of batches, in place."
-    for k in range(rounds):
-        exchange(task.x, batches, task.shuffled(task.m)[:task.m // 2 * 2].view(-1, 2), task.weigh, task.groups)
-        if k % 8 == 7 or k == rounds - 1: task.note('exchange', batch_sums(task.x, batches))
-
-# %% ../nbs/04_mining.ipynb #07cd5e7d
+# %% ../nbs/04_mining.ipynb #77161ed4
 def median_cosine(x, # (N, d) unit vectors
                   stream, # random generator
                  ) -> float:
     "Median cosine of two different vectors, from 200,000 pairs."
     i, j = torch.from_numpy(stream.integers(len(x), size=(2, 200_000))).to(x.device)
     i, j = i[i != j], j[i != j]
-    return float(torch.cat([(x[a] * x[b]).sum(1) for a, b in zip(i.split(8192), j.split(8192))]).median())
+    cos = [(x[a] * x[b]).sum(1) for a, b in zip(i.split(8192), j.split(8192))]
+    return float(torch.cat(cos).median())
 
 def weigh_for(kind:str, middle:float=0.):
     "What a pair adds to the objective of `kind`, as a function of its cosine."
     return {'hard': lambda c: c, 'easy': lambda c: -c, 'random': torch.zeros_like,
             'median': lambda c: -(c - middle).square()}[kind]
 
+# %% ../nbs/04_mining.ipynb #9a54d366
 def mine_random(task:Task):
     "Batches (M, B) at random, and the dropped."
     order, kept = task.shuffled(len(task.x)), task.m * task.b
@@ -805,7 +837,7 @@ def mine_median(task:Task):
     shake(task, batches, task.sweeps if task.m > 1 else 0)
     return batches, dropped
 
-# %% ../nbs/04_mining.ipynb #dc532619
+# %% ../nbs/04_mining.ipynb #5769fde4
 def _worth(task:Task, batches):
     "(M, B) what every member adds to its batch."
     def one(some):
@@ -822,6 +854,7 @@ def _seat_gain(task:Task, batches, dropped, worth):
     same = task.groups[batches] == task.groups[dropped].view(-1, 1, 1)
     return gain.masked_fill_(same.sum(2, keepdim=True) > same, -torch.inf)
 
+# %% ../nbs/04_mining.ipynb #b9924ee1
 def choose_dropped(task:Task, batches, dropped):
     "Let the dropped take the seats of members while that helps, in place."
     if not len(dropped): return
@@ -836,7 +869,7 @@ def choose_dropped(task:Task, batches, dropped):
         gain[r] = _seat_gain(task, batches, dropped[r:r + 1], worth)[0]
         gain[:, m] = _seat_gain(task, batches[m:m + 1], dropped, worth[m:m + 1])[:, 0]
 
-# %% ../nbs/04_mining.ipynb #5857d3d2
+# %% ../nbs/04_mining.ipynb #b52b6040
 def _together(groups, batches):
     "(M, B) bool: a member before it in the batch has the same group."
     g, place = groups[batches].sort(dim=1, stable=True)
@@ -849,8 +882,9 @@ def separate(task:Task, batches):
     while len(left := _together(task.groups, batches).nonzero()):
         for a, slot in left.tolist(): _move_out(task, batches, a, slot)
 
+# %% ../nbs/04_mining.ipynb #36f701d1
 def _move_out(task:Task, batches, a:int, slot:int, among:int=64):
-    "Exchange one member of batch `a` for one of a batch without its group, of those that suit it best."
+    "Exchange one member of batch `a` for one of a batch without its group that suits it well."
     i, here = batches[a, slot].clone(), task.groups[batches[a]]
     if (here == task.groups[i]).sum() < 2: return
     w = lambda ids, to: task.weigh(task.x[ids] @ task.x[to].T)
@@ -872,6 +906,29 @@ SWEEPS = dict(easy=2, random=0, median=60, hard=40) # passes over all vectors
 ALL_PAIRS = 120_000 # vectors up to which the bound for hard batches looks at all pairs
 _SEARCH = dict(easy=mine_easy, random=mine_random, median=mine_median, hard=mine_hard)
 
+# %% ../nbs/04_mining.ipynb #58ea8c8d
+def _labels(groups, n:int, m:int, device):
+    "`groups` as (N,) int64 labels 0, 1, ..; None stays None."
+    if groups is None: return None
+    g = np.asarray(groups.cpu() if torch.is_tensor(groups) else groups)
+    if g.shape != (n,):
+        raise CmlfError(f'groups of shape {g.shape} for {n} vectors: give one label a vector')
+    if g.dtype.kind not in 'iub':
+        raise CmlfError(f'groups of type {g.dtype}: give whole numbers, one label a vector')
+    names, g, size = np.unique(g, return_inverse=True, return_counts=True)
+    if size.max() > m:
+        most = f'group {names[size.argmax()]} has {size.max()} members for {m} batches'
+        raise CmlfError(f'{most}, so some would meet: '
+                        'use a smaller batch_size, finer groups, or groups=None')
+    return torch.from_numpy(g.astype(np.int64)).to(device)
+
+# %% ../nbs/04_mining.ipynb #743d0929
+def _whole(name, value, least):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise CmlfError(f'{name}={value!r} should be a whole number, {least} or more')
+    return int(value)
+
+# %% ../nbs/04_mining.ipynb #ff413ebc
 @dataclass(frozen=True)
 class Mined:
     "Batches and their certificate."
@@ -886,7 +943,7 @@ class Mined:
 
     @functools.cached_property
     def bound(self) -> float|None:
-        "No batches have a mean similarity beyond this; computed when first asked for, None for random and median."
+        "No batches are beyond this; computed when first asked for, None for random and median."
         if self.kind == 'easy': return easy_bound(self.vectors, *self.batches.shape)
         hard = hard_bound if len(self.vectors) <= ALL_PAIRS else sampled_bound
         if self.kind == 'hard': return hard(self.vectors, *self.batches.shape, self.groups)
@@ -899,28 +956,12 @@ class Mined:
     def summary(self) -> dict:
         "Sizes, objective, bound, gap and seconds as JSON values."
         (m, b), began = self.batches.shape, time.perf_counter()
-        return dict(kind=self.kind, vectors=len(self.vectors), batches=m, batch_size=b, dropped=len(self.dropped),
-                    objective=self.mean_similarity, bound=self.bound, gap=self.gap, seconds=round(self.seconds, 3),
+        return dict(kind=self.kind, vectors=len(self.vectors), batches=m, batch_size=b,
+                    dropped=len(self.dropped), objective=self.mean_similarity, bound=self.bound,
+                    gap=self.gap, seconds=round(self.seconds, 3),
                     bound_seconds=round(time.perf_counter() - began, 3))
 
-# %% ../nbs/04_mining.ipynb #b3ac55d9
-def _labels(groups, n:int, m:int, device):
-    "`groups` as (N,) int64 labels 0, 1, ..; None stays None."
-    if groups is None: return None
-    g = np.asarray(groups.cpu() if torch.is_tensor(groups) else groups)
-    if g.shape != (n,): raise CmlfError(f'groups of shape {g.shape} for {n} vectors: give one label a vector')
-    if g.dtype.kind not in 'iub': raise CmlfError(f'groups of type {g.dtype}: give whole numbers, one label a vector')
-    names, g, size = np.unique(g, return_inverse=True, return_counts=True)
-    if size.max() > m:
-        raise CmlfError(f'group {names[size.argmax()]} has {size.max()} members for {m} batches, so some would meet: '
-                        'use a smaller batch_size, finer groups, or groups=None')
-    return torch.from_numpy(g.astype(np.int64)).to(device)
-
-def _whole(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise CmlfError(f'{name}={value!r} should be a whole number, {least} or more')
-    return int(value)
-
+# %% ../nbs/04_mining.ipynb #57750564
 def _search(task:Task, kind:str):
     "One search: batches (M, B) and the dropped."
     batches, dropped = _SEARCH[kind](task)
@@ -935,14 +976,16 @@ def mine(embeddings, # (N, d) ancillary vectors, array or tensor; their length d
          *,
          seed:int=0, # one seed, one result
          epoch:int=0, # other batches of equal quality
-         groups=None, # (N,) whole numbers; two with one label never share a batch; None: the paper's way
+         groups=None, # (N,) whole numbers; two of one label never meet; None: the paper's way
          sweeps:int|None=None, # effort, in passes over all vectors; None: `SWEEPS`
         ) -> Mined:
-    "Batches of `kind` over the whole set (Eqs. 2, 3): N // B of them, no index twice, with objective and bound."
+    "N // B batches of `kind` (Eqs. 2, 3), no index twice, and their certificate."
     one_of(kind, KINDS, 'kind of batch')
     began, b = time.perf_counter(), _whole('batch_size', batch_size, 2)
     x = unit_vectors(embeddings)
-    if len(x) < b: raise CmlfError(f'{len(x)} vectors do not fill a batch of {b}: give more, or a smaller batch_size')
+    if len(x) < b:
+        raise CmlfError(f'{len(x)} vectors do not fill a batch of {b}: '
+                        'give more, or a smaller batch_size')
     sweeps = SWEEPS[kind] if sweeps is None else _whole('sweeps', sweeps, 0)
     m, stream = len(x) // b, rng(seed, 'mine', kind, epoch)
     groups = _labels(groups, len(x), m, x.device)
@@ -955,7 +998,8 @@ def mine(embeddings, # (N, d) ancillary vectors, array or tensor; their length d
         if best is None or value > best[0]: best = value, batches, dropped, task.history
     _, batches, dropped, history = best
     batches = batches[task.shuffled(m)]
-    return Mined(kind, batches.cpu().numpy(), dropped.sort().values.cpu().numpy(), mean_similarity(x, batches),
+    dropped = dropped.sort().values.cpu().numpy()
+    return Mined(kind, batches.cpu().numpy(), dropped, mean_similarity(x, batches),
                  time.perf_counter() - began, tuple(history), x, groups)
 
 # %% ../nbs/04_mining.ipynb #5b719b48
@@ -963,16 +1007,17 @@ def near_duplicates(x, # (N, d) vectors
                     threshold:float, # cosine from which two say the same
                     groups=None, # (N,) labels to begin with
                    ) -> np.ndarray:
-    "(N,) int64 labels: those of `groups`, joined wherever two vectors have a cosine of `threshold` or more."
+    "(N,) int64 labels: those of `groups`, joined where two vectors have a cosine of `threshold`."
     x = unit_vectors(x)
     n = len(x)
     label = torch.arange(n, device=x.device) if groups is None else _labels(groups, n, n, x.device)
     pairs = [torch.empty(2, 0, dtype=torch.long, device=x.device)]
     for i in range(0, n, 1024):
         for j in range(i, n, 8192):
-            pairs.append((x[i:i + 1024] @ x[j:j + 8192].T >= threshold).nonzero().T + torch.tensor([[i], [j]], device=x.device))
+            same = (x[i:i + 1024] @ x[j:j + 8192].T >= threshold).nonzero()
+            pairs.append((same + torch.tensor([i, j], device=x.device)).T)
     a, b = torch.cat(pairs, 1)
-    while (label[a] != label[b]).any(): # the smaller label spreads, through the members of a group too
+    while (label[a] != label[b]).any(): # the smaller label spreads, in groups too
         low = torch.arange(n, device=x.device).scatter_reduce_(0, label[a], label[b], 'amin')
         low.scatter_reduce_(0, label[b], label[a], 'amin')
         label = low[low[label]]
