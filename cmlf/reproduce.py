@@ -826,7 +826,7 @@ def cards_html(cards:list, out, # folder the files lie in
 
 # %% ../nbs/11_reproduce.ipynb #caa7e172
 _STYLE = (
-    'body{font:16px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;'
+    'body{font:16px/1.5 system-ui,sans-serif;max-width:1280px;margin:2em auto;padding:0 1em;'
     'color:#222}\n'
     'table{border-collapse:collapse;font-size:13.5px;margin:1em 0}'
     'th,td{padding:.3em .55em;text-align:right;border-bottom:1px solid #ddd}\n'
