@@ -739,6 +739,7 @@ def curve_figure(runs:dict): # name -> Run
     fig, ax = plt.subplots(figsize=(7, 2.8), layout='constrained')
     for name, run in runs.items():
         ax.plot(range(1, len(run.history) + 1), run.history.val, 'o-', ms=3, label=name)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel='epoch', ylabel='val: mean of R@1, 5, 10\nof both directions (%)')
     ax.legend(fontsize=8)
     return fig
@@ -836,7 +837,7 @@ _STYLE = (
     'td:first-child,td:nth-child(2),td:nth-child(3){text-align:left}'
     '.scroll{overflow-x:auto}figure{margin:1.2em 0}figure img{max-width:100%}\n'
     'figcaption,.notes,small{color:#555}'
-    '.cards td{text-align:left;vertical-align:top;max-width:300px}'
+    '.cards td{overflow-wrap:anywhere;text-align:left;vertical-align:top;max-width:300px}'
     '.query{font-size:16px;width:260px}\n'
     'audio{width:220px;height:32px}h1{line-height:1.2}h2{margin-top:2em}'
     'code{background:#f3f3f3;padding:.1em .3em}')
