@@ -1,7 +1,9 @@
-"The three files that name our dependencies name the same ones."
-import configparser, tomllib
+"Files that tell the same thing tell it alike: dependencies in three of them, numbers in README and reports."
+import configparser, re, tomllib
 from pathlib import Path
 
+import pandas as pd
+import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -30,3 +32,20 @@ def test_version_is_one():
     parser.read(ROOT/'settings.ini')
     import cmlf
     assert project['version'] == parser['DEFAULT']['version'] == cmlf.__version__
+
+@pytest.mark.parametrize('profile', ['mini', 'field'])
+def test_readme_shows_the_numbers_of_the_report(profile):
+    readme = (ROOT/'README.md').read_text(encoding='utf-8')
+    table = pd.read_csv(ROOT/'reports'/profile/'table1.csv')
+    for _, row in table.iterrows():
+        cells = [' / '.join(f'{row[f"{d}_r{k}"]:.1f}' for k in (1, 5, 10)) for d in ('t2a', 'a2t')]
+        told = [row.system, row.audio_encoder, row.chm, *cells]
+        assert f'| {" | ".join("" if pd.isna(t) else t for t in told)} |' in readme
+    assert f'pool `{table.pool[0]}`' in readme
+
+@pytest.mark.parametrize('profile', ['mini', 'field'])
+def test_committed_reports_hold_every_number_and_no_recording(profile):
+    folder = ROOT/'reports'/profile
+    for n in (1, 2, 3): assert pd.read_csv(folder/f'table{n}.csv')[['t2a_r1', 'a2t_r10']].notna().all(axis=None)
+    sounds = re.findall('data:audio', (folder/'index.html').read_text(encoding='utf-8'))
+    assert (len(sounds) >= 6) == (profile == 'mini')
