@@ -17,8 +17,8 @@ field: .venv/installed
 	$(BIN)/cmlf reproduce --profile field --events "$(EVENTS)" $(ARGS)
 
 test: .venv/dev
-	cd nbs && ../$(BIN)/nbdev_test --n_workers 1
-	$(BIN)/python -m pytest
+	cd nbs && OMP_NUM_THREADS=1 ../$(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lab: .venv/lab
 	$(BIN)/jupyter lab nbs/index.ipynb
