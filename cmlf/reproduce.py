@@ -1046,7 +1046,7 @@ def check_needs(lab:Lab, numbers, seeds:int):
     p, asked = lab.profile, _all_specs(lab, numbers, seeds)
     if lab.only: asked = [s for s in asked if any(fnmatch(s.name, o) for o in lab.only)]
     systems = {s.system for spec in asked for s in (spec, *lab.parents(spec))}
-    if p.corpus in ('synthesised', 'recordings') or not lab.data: return # without data, --data comes first
+    if p.corpus in ('synthesised', 'recordings') or not lab.data: return # --data is asked for first
     if 'tagger' in systems:
         raise CmlfError('pre-trained rows start from PANNs weights: give --set panns=FILE (see '
                         "`cmlf doctor`), or leave them out with --only '*scratch* experts* ce* moee*'")
