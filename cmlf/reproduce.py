@@ -608,9 +608,8 @@ _NOTES = {
     1: ["The paper's CE and MoEE numbers equal those published for a filtered list of test clips "
         "(probably 816), not the 957 of its other rows. Ours are trained and scored on the pool of "
         "all other rows.",
-        'CE and MoEE hear through two taggers of our own (VGGish- and ResNet-18-shaped), trained '
-        'on training sources only, and are selected by text-to-audio recall as their reference is; '
-        'local rows are ours, not the paper’s (claim C6).'],
+        'CE and MoEE hear through {experts}, and are selected by text-to-audio recall as their '
+        'reference is; local rows are ours, not the paper’s (claim C6).'],
     2: ['Stages 1 to 3 are one run: the same numbers stand in Tables I and III.'],
     3: ["Vectors for mining come from the same baseline in every row, at the profile's own batch "
         "size."]}
@@ -627,7 +626,9 @@ def notes(self:Report, frame) -> list:
     if frame.pool_clips.isna().any(): common.append('A dash under ours: that run was left out.')
     if not self.real: common.append("Another corpus and narrower encoders than the paper's: "
                                     "its columns are for orientation.")
-    return common + _NOTES[self.number]
+    experts = ('features that were given' if p.expert_features else 'two taggers of our own '
+               '(VGGish- and ResNet-18-shaped), trained on training sources only')
+    return common + [note.format(experts=experts) for note in _NOTES[self.number]]
 
 # %% ../nbs/11_reproduce.ipynb #6a811f42
 @patch
