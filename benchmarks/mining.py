@@ -120,7 +120,7 @@ def bounds(vectors):
     stages += [f'trios, round {i}' for i in range(1, 6)]
     for stage, value in zip(stages, mining.falling_bounds(mining.first_prices(x, m, B), 5)):
         if not stage: continue
-        rows.append(dict(bound=stage, value=value, seconds=time.perf_counter() - began))
+        rows.append(dict(step=stage, value=value, seconds=time.perf_counter() - began))
     peak, easy = peak_gb(), mining.easy_bound(x, m, B)
     star = float(nearest(x, B - 1)[0].flatten().topk(m * B * (B - 1)).values.mean())
     guess = mining.sampled_bound(x, m, B)

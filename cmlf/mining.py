@@ -277,7 +277,7 @@ def _company_of(p:Prices, key, share, wide:int=48):
 def find_trios(p:Prices, # prices, and the pairs listed
                t:float, # temperature
                least:float=.3, # by how much a trio breaks its inequality
-               per:int=100) -> torch.Tensor:
+               per:int=80) -> torch.Tensor:
     "(3, T) the trios that break it most, up to `per` for a hub."
     n, share = len(p.x), torch.sigmoid(p.excess() / t)
     on = (share > least).nonzero().squeeze(1)
@@ -850,9 +850,13 @@ def _worth(task:Task, batches):
         return w.sum(2)
     return torch.cat([one(some) for some in batches.split(1024)])
 
+def _cosines(x, rows, ids):
+    "(r, n) of vectors `rows` with `ids`; a copy of nearly all vectors would cost more than all cosines."
+    return (x[rows] @ x.T)[:, ids] if 2 * len(ids) > len(x) else x[rows] @ x[ids].T
+
 def _seat_gain(task:Task, batches, dropped, worth):
     "(r, M, B) what is gained if a dropped vector takes a member's seat."
-    w = task.weigh(task.x[dropped] @ task.x[batches.flatten()].T).view(len(dropped), *batches.shape)
+    w = task.weigh(_cosines(task.x, dropped, batches.flatten())).view(len(dropped), *batches.shape)
     gain = w.sum(2, keepdim=True) - w - worth
     if task.groups is None: return gain
     same = task.groups[batches] == task.groups[dropped].view(-1, 1, 1)
