@@ -850,13 +850,14 @@ def _worth(task:Task, batches):
         return w.sum(2)
     return torch.cat([one(some) for some in batches.split(1024)])
 
-def _cosines(x, rows, ids):
+def _cosines_with(x, rows, ids):
     "(r, n) of vectors `rows` with `ids`; a copy of nearly all vectors would cost more than all cosines."
     return (x[rows] @ x.T)[:, ids] if 2 * len(ids) > len(x) else x[rows] @ x[ids].T
 
 def _seat_gain(task:Task, batches, dropped, worth):
     "(r, M, B) what is gained if a dropped vector takes a member's seat."
-    w = task.weigh(_cosines(task.x, dropped, batches.flatten())).view(len(dropped), *batches.shape)
+    w = task.weigh(_cosines_with(task.x, dropped, batches.flatten()))
+    w = w.view(len(dropped), *batches.shape)
     gain = w.sum(2, keepdim=True) - w - worth
     if task.groups is None: return gain
     same = task.groups[batches] == task.groups[dropped].view(-1, 1, 1)
