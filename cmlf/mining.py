@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['HOT', 'COLD', 'SWEEPS', 'ALL_PAIRS', 'unit_vectors', 'batch_sums', 'similarity', 'mean_similarity', 'easy_bound',
-           'price_bound', 'bisect', 'neighbours', 'close_pairs', 'Prices', 'list_pairs', 'first_prices', 'survey',
-           'descend', 'find_trios', 'add_trios', 'falling_bounds', 'hard_bound', 'listed_prices', 'sampled_bound',
-           'Blocks', 'make_blocks', 'Clans', 'find_clans', 'fill', 'Field', 'undecide', 'settle', 'recall', 'scores',
-           'cool', 'admit', 'exchange', 'promising', 'matchings', 'Task', 'anneal', 'trade', 'mine_hard', 'assign',
-           'hand_out', 'shake', 'mine_easy', 'median_cosine', 'weigh_for', 'mine_random', 'mine_median',
-           'choose_dropped', 'separate', 'Mined', 'mine', 'near_duplicates']
+           'price_bound', 'shadow', 'bisect', 'neighbours', 'close_pairs', 'Prices', 'list_pairs', 'first_prices',
+           'survey', 'descend', 'find_trios', 'add_trios', 'falling_bounds', 'hard_bound', 'listed_prices',
+           'sampled_bound', 'Blocks', 'make_blocks', 'Clans', 'find_clans', 'fill', 'Field', 'undecide', 'settle',
+           'recall', 'scores', 'cool', 'admit', 'exchange', 'promising', 'matchings', 'Task', 'anneal', 'trade',
+           'mine_hard', 'assign', 'hand_out', 'shake', 'mine_easy', 'median_cosine', 'weigh_for', 'mine_random',
+           'mine_median', 'choose_dropped', 'separate', 'Mined', 'mine', 'near_duplicates']
 
 # %% ../nbs/04_mining.ipynb #c18989fc
 import functools, time
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from .core import KINDS, CmlfError, has_bf16, one_of, rng
+from .core import KINDS, CmlfError, Progress, has_bf16, one_of, rng
 
 # %% ../nbs/04_mining.ipynb #a01e87a9
 def unit_vectors(embeddings, # (N, d) array or tensor of numbers
@@ -45,7 +45,9 @@ def batch_sums(x, # (N, d) unit vectors
                batches, # (M, B) indices
               ) -> torch.Tensor:
     "(M, d) $S_m$, the sum of every batch."
-    return torch.cat([x[some].sum(1) for some in batches.split(512)])
+    out = x.new_empty(len(batches), x.shape[1])
+    for sums, some in zip(out.split(512), batches.split(512)): torch.sum(x[some], 1, out=sums)
+    return out
 
 def similarity(sums, # (M, d) S_m
                b:int, # batch size
@@ -109,12 +111,20 @@ def _axis(y, steps:int=3):
     return v
 
 # %% ../nbs/04_mining.ipynb #709efce9
+def shadow(x, # (N, d) vectors
+           k:int=64) -> torch.Tensor:
+    "(N, k) `x` along its k principal axes; `x` itself if it is few vectors or of few coordinates."
+    if len(x) <= 4096 or x.shape[1] <= k: return x
+    some = x[::len(x) // 4096]
+    some = some - some.mean(0)
+    return x @ torch.linalg.eigh(some.T @ some).eigenvectors[:, -k:]
+
 def bisect(x, # (N, d) vectors
            order, # (P * size,) indices in any order
            size:int, # members of a leaf
           ) -> torch.Tensor:
     "`order` rearranged: each run of `size` holds neighbours, and near runs hold near vectors."
-    order, parts = order.clone(), [(0, len(order) // size)]
+    x, order, parts = shadow(x), order.clone(), [(0, len(order) // size)]
     while max(k for _, k in parts) > 1:
         for k in {k for _, k in parts if k > 1}:
             starts = torch.tensor([s for s, j in parts if j == k])
@@ -133,22 +143,27 @@ def _nearest_runs(c, order, first, last, k:int):
     return torch.stack(best).sort(1).values
 
 # %% ../nbs/04_mining.ipynb #30606e1c
+def _leaves(x, size):
+    order = bisect(x, torch.arange(len(x), device=x.device), 1)
+    return torch.cat([order, order[:-len(x) % size]]).view(-1, size) # the last is filled up
+
 def neighbours(x, # (N, d) unit vectors
                k:int, # how many
-               leaf:int=32, per:int=32, width:int=128):
+               runs=None, # (R, L) all vectors, near ones together, and repeats; None: leaves
+               per:int=32, width:int=128):
     "Nearly the k nearest of every vector: cosines (N, k), descending, and indices (N, k)."
-    n = len(x)
-    leaf = min(leaf, n)
-    width = min(max(width, k // leaf + 1), -(-n // leaf))
-    order = bisect(x, torch.arange(n, device=x.device), 1)
-    runs = torch.cat([order, order[:-n % leaf]]).view(-1, leaf) # the last is filled up
-    c = normalize(x[runs].sum(1), dim=1)
-    cosine, index = x.new_empty(n, k), order.new_empty(n, k)
+    if runs is None: runs = _leaves(x, min(32, len(x)))
+    again = torch.arange(runs.numel(), device=x.device).view(runs.shape) >= len(x)
+    order = bisect(batch_sums(x, runs), torch.arange(len(runs), device=x.device), 1)
+    runs, again = runs[order], again[order]
+    width = min(max(width, k // runs.shape[1] + 1), len(runs))
+    c = normalize(batch_sums(x, runs), dim=1)
+    cosine, index = x.new_empty(len(x), k), runs.new_empty(len(x), k)
     for f in range(0, len(runs), per):
         l = min(f + per, len(runs)) - 1
-        near = runs[_nearest_runs(c, torch.arange(len(runs)), [f], [l], width)[0]].flatten()
-        rows = runs[f:l + 1].flatten()
-        w = (x[rows] @ x[near].T).masked_fill_(rows[:, None] == near, -2.)
+        at = _nearest_runs(c, torch.arange(len(runs)), [f], [l], width)[0]
+        rows, near = runs[f:l + 1].flatten(), runs[at].flatten()
+        w = (x[rows] @ x[near].T).masked_fill_((rows[:, None] == near) | again[at].flatten(), -2.)
         cosine[rows], at = w.topk(k)
         index[rows] = near[at]
     return cosine, index
@@ -206,9 +221,11 @@ class Prices:
 # %% ../nbs/04_mining.ipynb #d9ef5430
 def _pair(n, i, j): return torch.minimum(i, j).long() * n + torch.maximum(i, j)
 
-def _cosines(x, i, j): # few at a time, so that they stay in the processor's cache
-    return torch.cat([x.index_select(0, a).mul_(x.index_select(0, c)).sum(1)
-                      for a, c in zip(i.split(2**12), j.split(2**12))])
+def _cosines(x, i, j, few=2**12): # so few at a time stay in the processor's cache
+    out = x.new_empty(len(i)) # a list of small results would tear the heap to pieces
+    for w, a, c in zip(out.split(few), i.split(few), j.split(few)):
+        torch.sum(x.index_select(0, a).mul_(x.index_select(0, c)), 1, out=w)
+    return out
 
 def list_pairs(p:Prices, # whose list to renew
                key): # (P,) pairs as i N + j; the sides of all trios join them
@@ -277,7 +294,7 @@ def _company_of(p:Prices, key, share, wide:int=48):
 def find_trios(p:Prices, # prices, and the pairs listed
                t:float, # temperature
                least:float=.3, # by how much a trio breaks its inequality
-               per:int=80) -> torch.Tensor:
+               per:int=100) -> torch.Tensor:
     "(3, T) the trios that break it most, up to `per` for a hub."
     n, share = len(p.x), torch.sigmoid(p.excess() / t)
     on = (share > least).nonzero().squeeze(1)
@@ -327,7 +344,7 @@ def falling_bounds(p:Prices, # first prices
         descend(p, np.geomspace(.03, .003, 40))
         yield p.value()
     for t in .02 * .55 ** np.arange(rounds):
-        survey(p)
+        survey(p, .02)
         add_trios(p, find_trios(p, t))
         descend(p, [t] * 25)
         yield p.value()
@@ -339,13 +356,18 @@ def hard_bound(x, # (N, d) unit vectors
                groups=None, # (N,) labels; members of one group never meet
                rounds:int=5) -> float:
     "Mean in-batch cosine that no M batches of B of these vectors exceed, whichever are dropped."
-    return min(1., *falling_bounds(first_prices(x, m, b, groups), rounds))
+    lowest = 1.
+    with Progress(4 + rounds, 'bound') as bar:
+        for value in falling_bounds(first_prices(x, m, b, groups), rounds):
+            lowest = min(lowest, value)
+            bar.step(note=f'at most {lowest:.4f}')
+    return lowest
 
 # %% ../nbs/04_mining.ipynb #d6857ef1
-def listed_prices(x, m:int, b:int, groups=None) -> Prices:
+def listed_prices(x, m:int, b:int, groups=None, runs=None) -> Prices:
     "Prices made on everyone's 2B nearest, or nearly, without a look at all pairs."
     n, k = len(x), min(len(x) - 1, 2 * b)
-    w, at = neighbours(x, k)
+    w, at = neighbours(x, k, runs, per=8, width=256)
     p = Prices(x, m, b, groups, w[:, min(b - 1, k) - 1].clamp_min(0) / 2, *_no_trios(x))
     p.floor = w[:, -1] / 2 # with complete lists, what is on none is below its price
     list_pairs(p, _pair(n, torch.arange(n, device=x.device).unsqueeze(1), at).flatten())
@@ -366,9 +388,10 @@ def sampled_bound(x, # (N, d) unit vectors
                   m:int, # batches
                   b:int, # batch size
                   groups=None, # (N,) labels
+                  runs=None, # (R, L) all vectors, near ones together
                   rows:int=4096) -> float:
     "Upper bound for hard batches, right with a probability of 0.99997, from `rows` rows of pairs."
-    p, n = listed_prices(x, m, b, groups), len(x)
+    p, n = listed_prices(x, m, b, groups, runs), len(x)
     pick = torch.from_numpy(rng(0, 'bound').permutation(n)[:rows]).to(x.device)
     over = torch.cat([_row_excess(p, some) for some in pick.split(512)])
     off = 4 * over.std() * ((n - len(over)) / n / len(over)) ** .5 # none with all rows
@@ -705,7 +728,7 @@ def anneal(task:Task, batches):
     return admit(*recall(f, p, 64 if f.clans else 16), task.m, task.b, task.groups)
 
 # %% ../nbs/04_mining.ipynb #ec0bf0d1
-def trade(task:Task, batches, sweeps:int=8):
+def trade(task:Task, batches, sweeps:int):
     "Exchange between promising pairs of batches, in place, until a sweep gains next to nothing."
     last = -1.
     for _ in range(sweeps):
@@ -725,7 +748,7 @@ def mine_hard(task:Task):
     task.note('tree', batch_sums(task.x, batches))
     if task.m > 1 and task.sweeps:
         batches, dropped = anneal(task, batches)
-        trade(task, batches)
+        trade(task, batches, min(8, task.sweeps - 1))
     return batches, dropped
 
 # %% ../nbs/04_mining.ipynb #70d53d2b
@@ -866,7 +889,7 @@ def _seat_gain(task:Task, batches, dropped, worth):
 # %% ../nbs/04_mining.ipynb #b9924ee1
 def choose_dropped(task:Task, batches, dropped):
     "Let the dropped take the seats of members while that helps, in place."
-    if not len(dropped): return
+    if not len(dropped) or task.sweeps < 2: return # in a single sweep, there is no time
     worth = _worth(task, batches)
     gain = _seat_gain(task, batches, dropped, worth)
     for _ in range(4 * len(dropped)):
@@ -949,18 +972,27 @@ class Mined:
     history: tuple          # (step, mean similarity) while searching
     vectors: torch.Tensor = field(repr=False) # (N, d) unit vectors
     groups: torch.Tensor|None = field(repr=False)
+    rounds: int = 5         # effort of the bound for hard batches
 
     @functools.cached_property
     def bound(self) -> float|None:
         "No batches are beyond this; computed when first asked for, None for random and median."
         if self.kind == 'easy': return easy_bound(self.vectors, *self.batches.shape)
-        hard = hard_bound if len(self.vectors) <= ALL_PAIRS else sampled_bound
-        if self.kind == 'hard': return hard(self.vectors, *self.batches.shape, self.groups)
+        if self.kind != 'hard': return None
+        given = self.vectors, *self.batches.shape, self.groups
+        return (hard_bound(*given, self.rounds) if len(self.vectors) <= ALL_PAIRS
+                else sampled_bound(*given, self.runs()))
 
     @property
     def gap(self) -> float|None:
         "How far from the best the batches can be at most."
         return None if self.bound is None else abs(self.bound - self.mean_similarity)
+
+    def runs(self) -> torch.Tensor:
+        "(R, B) the batches and, filled up, the dropped: what `sampled_bound` asks for."
+        n, b = len(self.vectors), self.batches.shape[1]
+        everyone = np.resize(np.r_[self.batches.ravel(), self.dropped], (-(-n // b), b))
+        return torch.from_numpy(everyone).to(self.vectors.device)
 
     def summary(self) -> dict:
         "Sizes, objective, bound, gap and seconds as JSON values."
@@ -987,6 +1019,7 @@ def mine(embeddings, # (N, d) ancillary vectors, array or tensor; their length d
          epoch:int=0, # other batches of equal quality
          groups=None, # (N,) whole numbers; two of one label never meet; None: the paper's way
          sweeps:int|None=None, # effort, in passes over all vectors; None: `SWEEPS`
+         rounds:int=5, # effort of the bound for hard batches; 0: prices alone, in seconds
         ) -> Mined:
     "N // B batches of `kind` (Eqs. 2, 3), no index twice, and their certificate."
     one_of(kind, KINDS, 'kind of batch')
@@ -996,7 +1029,7 @@ def mine(embeddings, # (N, d) ancillary vectors, array or tensor; their length d
         raise CmlfError(f'{len(x)} vectors do not fill a batch of {b}: '
                         'give more, or a smaller batch_size')
     sweeps = SWEEPS[kind] if sweeps is None else _whole('sweeps', sweeps, 0)
-    m, stream = len(x) // b, rng(seed, 'mine', kind, epoch)
+    rounds, m, stream = _whole('rounds', rounds, 0), len(x) // b, rng(seed, 'mine', kind, epoch)
     groups = _labels(groups, len(x), m, x.device)
     weigh = weigh_for(kind, median_cosine(x, stream) if kind == 'median' else 0.)
     best = None
@@ -1009,7 +1042,7 @@ def mine(embeddings, # (N, d) ancillary vectors, array or tensor; their length d
     batches = batches[task.shuffled(m)]
     dropped = dropped.sort().values.cpu().numpy()
     return Mined(kind, batches.cpu().numpy(), dropped, mean_similarity(x, batches),
-                 time.perf_counter() - began, tuple(history), x, groups)
+                 time.perf_counter() - began, tuple(history), x, groups, rounds)
 
 # %% ../nbs/04_mining.ipynb #5b719b48
 def near_duplicates(x, # (N, d) vectors

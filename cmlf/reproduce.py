@@ -8,7 +8,7 @@ __all__ = ['ROWS', 'RUN_VERSION', 'ROOT', 'METRICS', 'TITLES', 'app', 'Row', 'ro
            'write_table', 'Report', 'write_credits', 'batch_figure', 'stage_figure', 'size_figure', 'curve_figure',
            'pick_queries', 'cards_html', 'provenance', 'write_index', 'notebook_of', 'check_parameters',
            'check_executed', 'run_notebook', 'hide_paths', 'jobs_for', 'check_needs', 'reproduce', 'reproduce_command',
-           'measure_ce', 'measure', 'estimate', 'print_plan', 'check_report', 'data_command', 'write_corpus',
+           'measure_ce', 'measure', 'estimate', 'print_plan', 'check_report', 'tell', 'data_command', 'write_corpus',
            'read_table', 'mine_command', 'train_on', 'evaluate_on', 'train_command', 'evaluate_command', 'doctor',
            'doctor_command', 'run_command', 'main']
 
@@ -1271,6 +1271,11 @@ def check_report(lab:Lab, numbers, seeds:int, out:str=''):
     if stale: raise typer.Exit(1)
 
 # %% ../nbs/11_reproduce.ipynb #25442935
+def tell(facts:dict, as_json:bool):
+    "Print facts, for people or for machines."
+    print(json.dumps(facts, indent=1) if as_json
+          else '\n'.join(f'{k}: {v}' for k, v in facts.items()))
+
 @app.command('data')
 def data_command(profile:str = typer.Option('mini', help='whose corpus'),
                  events:str = typer.Option('', help='folder of recordings (default: CMLF_ESC_DIR)'),
@@ -1285,8 +1290,7 @@ def data_command(profile:str = typer.Option('mini', help='whose corpus'),
     facts = dict(name=corpus.name, hash=corpus.hash, about=corpus.about,
                  **{s: dict(clips=len(p), captions=len(p.captions)) for s, p in parts.items()})
     if out: facts['manifest'] = str(write_corpus(corpus, out))
-    print(json.dumps(facts, indent=1) if as_json
-          else '\n'.join(f'{k}: {v}' for k, v in facts.items()))
+    tell(facts, as_json)
 
 # %% ../nbs/11_reproduce.ipynb #6a57205c
 def write_corpus(corpus, out) -> Path:
@@ -1323,18 +1327,19 @@ def mine_command(vectors:str = typer.Argument(..., help='.npy file, (N, d) numbe
                  seed:int = typer.Option(0),
                  epoch:int = typer.Option(0, help='other batches of equal quality'),
                  sweeps:int = typer.Option(None, help='effort, in passes over all vectors'),
+                 rounds:int = typer.Option(5, help='effort of the bound for hard batches; '
+                                                   '0 takes seconds'),
                  as_json:bool = typer.Option(False, '--json', help='for machines')):
     "Mine batches from vectors of your own."
     if out and Path(out).suffix != '.npy':
         raise CmlfError(f'{out}: batches are written as .npy; name the file so')
     apart = read_table(groups, 'groups') if groups else None
     found = mine(read_table(vectors, 'vectors'), batch_size, kind, seed=seed, epoch=epoch,
-                 groups=apart, sweeps=sweeps)
+                 groups=apart, sweeps=sweeps, rounds=rounds)
     if out:
         with atomic_path(out) as tmp, open(tmp, 'wb') as f: np.save(f, found.batches)
     facts = found.summary() | dict(out=out)
-    print(json.dumps(facts, indent=1) if as_json
-          else '\n'.join(f'{k}: {v}' for k, v in facts.items()))
+    tell(facts, as_json)
 
 # %% ../nbs/11_reproduce.ipynb #01ee16cf
 def train_on(data, # corpus on disk
@@ -1394,8 +1399,7 @@ def train_command(data:str = typer.Option(..., help='manifest (path, caption, sp
     run = train_on(data, get_profile(profile, set_), out, system, chm, seed)
     facts = dict(run=str(run.folder), key=run.about['key'], val=run.about['val'],
                  minutes=round(run.about['minutes'], 2))
-    print(json.dumps(facts, indent=1) if as_json
-          else '\n'.join(f'{k}: {v}' for k, v in facts.items()))
+    tell(facts, as_json)
 
 # %% ../nbs/11_reproduce.ipynb #0a01bdbb
 @app.command('evaluate')
@@ -1407,8 +1411,7 @@ def evaluate_command(run:str = typer.Argument(..., help='folder of a finished ru
     if not (Path(run)/'run.json').exists():
         raise CmlfError(f'{run}: no finished run here (no run.json); make one with `cmlf train`')
     facts = evaluate_on(Run(run), data, split)
-    print(json.dumps(facts, indent=1) if as_json
-          else '\n'.join(f'{k}: {v}' for k, v in facts.items()))
+    tell(facts, as_json)
 
 # %% ../nbs/11_reproduce.ipynb #e4b814a6
 _SOURCES = {'recordings': 'ESC-50: github.com/karolpiczak/ESC-50; then CMLF_ESC_DIR=FOLDER',

@@ -295,3 +295,37 @@ nothing = good.clone(); nothing[9] = 0
 def test_bad_input(x, settings, says):
     with pytest.raises(CmlfError) as error: mine(x, **dict(dict(batch_size=8, kind='hard'), **settings))
     assert says in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_tree_of_many_grows_on_their_shadow():
+    x = clusters(5000, 96)
+    assert mining.shadow(x).shape == (5000, 64)
+    few = x[:4000]
+    assert mining.shadow(few) is few # few vectors as they are
+    order = torch.arange(4992)
+    tree = mining.bisect(x, order, 32).view(-1, 32)
+    assert sorted(tree.flatten().tolist()) == order.tolist()
+    full, flat = mining.mean_similarity(x, tree), mining.mean_similarity(x, order.view(-1, 32))
+    assert full > flat + .1
+    a, b = (mine(v, 16, 'hard', sweeps=0) for v in (x, turned(x)))
+    assert abs(a.mean_similarity - b.mean_similarity) < 1e-3
+
+
+def test_mined_batches_are_a_map_for_the_bound():
+    x = clusters(6010, 64)
+    found = mine(x, 32, 'hard', sweeps=10)
+    runs = found.runs()
+    assert runs.shape == (188, 32) and len(runs.unique()) == 6010
+    true = (x @ x.T).fill_diagonal_(-2).topk(31).values
+    cosine, index = mining.neighbours(x, 31, runs, per=8, width=64)
+    assert (cosine <= true + 1e-5).all() and (cosine - true).mean() > -.005
+    assert torch.allclose((x.unsqueeze(1) * x[index]).sum(2), cosine, atol=1e-5)
+    tight = mining.sampled_bound(x, *found.batches.shape, runs=runs, rows=2000)
+    assert found.mean_similarity < tight < float(true.mean()) + .01
+
+
+def test_rounds_of_the_bound():
+    x = clusters(600)
+    quick, full = (mine(x, 12, 'hard', sweeps=2, rounds=r) for r in (0, 5))
+    assert (quick.batches == full.batches).all() and full.bound < quick.bound < 1
+    with pytest.raises(CmlfError, match='rounds=-1'): mine(x, 12, 'hard', rounds=-1)
