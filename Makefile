@@ -7,7 +7,7 @@ BIN    := .venv/bin
 
 CAPTIONS ?= $(CMLF_AUDIOCAPS_CSV)
 
-.PHONY: tables field test lab rehearsal export clean
+.PHONY: tables field test lab rehearsal mining export clean
 
 tables: .venv/installed
 	$(BIN)/cmlf reproduce --profile mini $(ARGS)
@@ -27,6 +27,11 @@ lab: .venv/lab
 rehearsal: .venv/dev
 	@test -n "$(CAPTIONS)" || { echo "make rehearsal: say where the AudioCaps csv files are: make rehearsal CAPTIONS=/path/to/csv_files" >&2; exit 2; }
 	$(BIN)/python benchmarks/rehearsal.py --captions "$(CAPTIONS)"
+
+# mining against its competitors, on the real captions
+mining: .venv/dev
+	@test -n "$(CAPTIONS)" || { echo "make mining: say where the AudioCaps csv files are: make mining CAPTIONS=/path/to/csv_files" >&2; exit 2; }
+	$(BIN)/python benchmarks/mining.py --captions "$(CAPTIONS)"
 
 # after editing a notebook
 export: .venv/dev

@@ -392,7 +392,7 @@ def write(found, out):
     if 'compare' in found:
         columns = ['method', 'kind', 'sweeps', 'cosine', 'bound', 'gap', 'seconds', 'peak_gb']
         lines = pd.DataFrame(found['compare']['rows'])[columns]
-        write_text(out/'mining.csv', lines.round(5).to_csv(index=False))
+        write_text(out/'mining.csv', lines.round(6).to_csv(index=False))
         draw(found['compare']['rows'], out/'mining.png')
 
 def arguments():

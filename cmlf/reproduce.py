@@ -474,11 +474,13 @@ def fit_ce(self:Lab, spec:Spec, folder:Path, log) -> dict:
                 train_clips=len(parts['train']), minutes=(time.time() - start) / 60)
 
 # %% ../nbs/11_reproduce.ipynb #2dbb269e
-def runs_needed(lab:Lab, numbers, seeds:int) -> list:
+def runs_needed(lab:Lab, numbers, seeds:int,
+                allowed=None, # which specs may be asked for; None: what is stored or in `only`
+               ) -> list:
     "Specs of all runs that the tables ask for, parents first, each once."
-    wanted = []
+    allowed, wanted = allowed or lab.allows, []
     def add(spec):
-        if not lab.allows(spec): return
+        if not allowed(spec): return
         for parent in lab.parents(spec): add(parent)
         if spec not in wanted: wanted.append(spec)
     for seed, row in itertools.product(range(seeds), [r for r in ROWS if r.table in numbers]):
@@ -1044,7 +1046,7 @@ def train_all(self:Lab, specs:list, # parents before children, as `runs_needed` 
 # %% ../nbs/11_reproduce.ipynb #a7dd3250
 def check_needs(lab:Lab, numbers, seeds:int):
     "Refuse, before any work, tables whose runs lack a file they start from."
-    p, asked = lab.profile, _all_specs(lab, numbers, seeds)
+    p, asked = lab.profile, runs_needed(lab, numbers, seeds, lambda spec: True)
     if lab.only: asked = [s for s in asked if any(fnmatch(s.name, o) for o in lab.only)]
     systems = {s.system for spec in asked for s in (spec, *lab.parents(spec))}
     if p.corpus in ('synthesised', 'recordings') or not lab.data: return # --data is asked for first
@@ -1227,7 +1229,7 @@ def print_plan(lab:Lab, numbers, seeds:int):
                          or p.corpus not in ('audiocaps', 'clotho', 'manifest') else None)
     if wanted is None:
         say('no --data: the plan is for all of AudioCaps, and every run is to do')
-    for spec in wanted or _all_specs(lab, numbers, seeds):
+    for spec in wanted or runs_needed(lab, numbers, seeds, allowed=lambda spec: True):
         stored = wanted is not None and is_done(lab, spec)
         hours = 0. if stored else estimate(lab, spec, per, sizes)
         total += np.nan_to_num(hours)
@@ -1240,15 +1242,6 @@ def print_plan(lab:Lab, numbers, seeds:int):
           f'{1e3 * per["text"]:.1f} ms a caption, forward and backward), '
           f'{4 * weights + 1:.1f} GB of memory and the batch, '
           f'{store + 12 * weights:.1f} GB of disk (log-mels {store:.1f})')
-
-# %% ../nbs/11_reproduce.ipynb #0fd2fd1f
-def _all_specs(lab, numbers, seeds):
-    "As `runs_needed`, where no corpus is at hand to tell what is stored."
-    wanted = []
-    for seed, row in itertools.product(range(seeds), [r for r in ROWS if r.table in numbers]):
-        spec = lab.spec_of(row, seed)
-        wanted += [s for s in (*lab.parents(spec), spec) if s not in wanted]
-    return wanted
 
 # %% ../nbs/11_reproduce.ipynb #e123c12e
 def check_report(lab:Lab, numbers, seeds:int, out:str=''):

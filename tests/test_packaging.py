@@ -49,3 +49,16 @@ def test_committed_reports_hold_every_number_and_no_recording(profile):
     for n in (1, 2, 3): assert pd.read_csv(folder/f'table{n}.csv')[['t2a_r1', 'a2t_r10']].notna().all(axis=None)
     sounds = re.findall('data:audio', (folder/'index.html').read_text(encoding='utf-8'))
     assert (len(sounds) >= 6) == (profile == 'mini')
+
+def test_readme_shows_the_numbers_of_the_mining_benchmark():
+    readme = (ROOT/'README.md').read_text(encoding='utf-8')
+    runs = pd.read_csv(ROOT/'reports'/'benchmarks'/'mining.csv')
+    told = re.findall(r'^\| (?:\*\*)?([^|*]+?)(?:\*\*, `sweeps=(\d+)`[^|]*)? \| (0\.\d{4}) \| (\S+) \|$', readme, re.M)
+    assert len(told) >= 8
+    for method, sweeps, cosine, seconds in told:
+        run = runs[(runs.method == method) & (runs.kind != 'easy') & (runs.sweeps == int(sweeps or 0))]
+        assert len(run) == 1 and f'{run.cosine.iloc[0]:.4f}' == cosine, method
+        assert seconds in ('–', f'{run.seconds.iloc[0]:.1f}'), method
+    assert f'| *no batches can exceed* | {runs[runs.kind == "hard"].bound.iloc[0]:.4f} | |' in readme
+    easy = runs[(runs.kind == 'easy') & (runs.method == 'cmlf') & (runs.sweeps == 2)].iloc[0]
+    assert f'{easy.cosine:.4f} in {easy.seconds:.1f} s; none can go below {easy.bound:.4f}' in readme
