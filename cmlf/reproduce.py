@@ -39,7 +39,7 @@ from .encoders import DualEncoder, TextEncoder
 from .features import SAMPLE_RATE, LogMel, build_store
 from .loss import max_margin
 from .metrics import retrieval, retrieval_from_similarity
-from .mining import mine
+from .mining import mine, near_duplicates, unit_vectors
 from .soundscapes import compose, tagging_corpus
 from .training import (Pairs, Trainer, ancillary_vectors, curriculum_stages, embed, fit_tagger,
                            joint_stages, mean_average_precision)
@@ -1266,8 +1266,9 @@ def check_report(lab:Lab, numbers, seeds:int, out:str=''):
 # %% ../nbs/11_reproduce.ipynb #25442935
 def tell(facts:dict, as_json:bool):
     "Print facts, for people or for machines."
-    print(json.dumps(facts, indent=1) if as_json
-          else '\n'.join(f'{k}: {v}' for k, v in facts.items()))
+    if as_json: return print(json.dumps(facts, indent=1))
+    for k, v in facts.items():
+        if v is not None: print(f'{k}: {round(v, 4) if isinstance(v, float) else v}')
 
 @app.command('data')
 def data_command(profile:str = typer.Option('mini', help='whose corpus'),
@@ -1304,7 +1305,10 @@ def read_table(path, what:str) -> np.ndarray:
     "The array in a .npy file; nothing in it is run."
     if not Path(path).is_file():
         raise CmlfError(f'{path}: no such file; give {what} as written by numpy.save')
-    try: return np.load(path, allow_pickle=False)
+    try:
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray): return found
+        raise ValueError('several arrays')
     except (OSError, ValueError, EOFError):
         raise CmlfError(f'{path}: holds no array of numbers; give {what} as written by '
                         'numpy.save') from None
@@ -1314,24 +1318,31 @@ def read_table(path, what:str) -> np.ndarray:
 def mine_command(vectors:str = typer.Argument(..., help='.npy file, (N, d) numbers'),
                  batch_size:int = typer.Option(32, help='B'),
                  kind:str = typer.Option('hard', help='easy, random, median or hard'),
-                 out:str = typer.Option('', help='write the batches here: .npy, (M, B) int64'),
+                 out:str = typer.Option('', help='write the batches here: .npy, (M, B) int64, '
+                                                 'indices from 0; what is not in it is dropped'),
                  groups:str = typer.Option('', help='.npy file, (N,) whole numbers: members of one '
                                                     'group never share a batch'),
                  seed:int = typer.Option(0),
                  epoch:int = typer.Option(0, help='other batches of equal quality'),
                  sweeps:int = typer.Option(None, help='effort, in passes over all vectors'),
+                 alike:float = typer.Option(None, '--near-duplicates',
+                                            help='from this cosine on, two vectors are of one '
+                                                 'group'),
                  rounds:int = typer.Option(5, help='effort of the bound for hard batches; '
                                                    '0 takes seconds'),
+                 bound:bool = typer.Option(True, help='the bound, or the batches alone'),
                  as_json:bool = typer.Option(False, '--json', help='for machines')):
     "Mine batches from vectors of your own."
     if out and Path(out).suffix != '.npy':
         raise CmlfError(f'{out}: batches are written as .npy; name the file so')
     apart = read_table(groups, 'groups') if groups else None
-    found = mine(read_table(vectors, 'vectors'), batch_size, kind, seed=seed, epoch=epoch,
-                 groups=apart, sweeps=sweeps, rounds=rounds)
+    x = unit_vectors(read_table(vectors, 'vectors')).to(device())
+    if alike is not None: apart = near_duplicates(x, alike, apart)
+    found = mine(x, batch_size, kind, seed=seed, epoch=epoch, groups=apart, sweeps=sweeps,
+                 rounds=rounds)
     if out:
         with atomic_path(out) as tmp, open(tmp, 'wb') as f: np.save(f, found.batches)
-    facts = found.summary() | dict(out=out)
+    facts = found.summary(bound) | (dict(out=out) if out else {})
     tell(facts, as_json)
 
 # %% ../nbs/11_reproduce.ipynb #01ee16cf

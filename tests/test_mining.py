@@ -2,6 +2,7 @@
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -291,6 +292,9 @@ nothing = good.clone(); nothing[9] = 0
     (good, dict(groups=np.arange(40)[:, None]), 'groups of shape'),
     (good, dict(groups=np.arange(40) / 2), 'groups of type float64'),
     (good, dict(groups=['a'] * 40), 'groups of type'),
+    (good, dict(groups=[[0], [1, 2]] * 20), 'one whole number a vector'),
+    (good, dict(seed='a'), "seed='a'"),
+    (good, dict(epoch=1.5), 'epoch=1.5'),
 ])
 def test_bad_input(x, settings, says):
     with pytest.raises(CmlfError) as error: mine(x, **dict(dict(batch_size=8, kind='hard'), **settings))
@@ -308,7 +312,7 @@ def test_a_tree_of_many_grows_on_their_shadow():
     full, flat = mining.mean_similarity(x, tree), mining.mean_similarity(x, order.view(-1, 32))
     assert full > flat + .1
     a, b = (mine(v, 16, 'hard', sweeps=0) for v in (x, turned(x)))
-    assert abs(a.mean_similarity - b.mean_similarity) < 1e-3
+    assert abs(a.mean_similarity - b.mean_similarity) < 5e-3 # rounding decides at every fork
 
 
 def test_mined_batches_are_a_map_for_the_bound():
@@ -329,3 +333,51 @@ def test_rounds_of_the_bound():
     quick, full = (mine(x, 12, 'hard', sweeps=2, rounds=r) for r in (0, 5))
     assert (quick.batches == full.batches).all() and full.bound < quick.bound < 1
     with pytest.raises(CmlfError, match='rounds=-1'): mine(x, 12, 'hard', rounds=-1)
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_equal_vectors_in_groups_stay_a_partition(seed):
+    r = rng(seed, 'equal')
+    x = r.normal(size=(17, 16))[r.integers(0, 17, 50)] + .5
+    groups = np.arange(50) // 3
+    found = mine(x, 16, 'easy', groups=groups, sweeps=2, seed=seed)
+    check_partition(found, 50, 16)
+    assert all(len(np.unique(g)) == 16 for g in groups[found.batches])
+
+
+def test_rounding_hides_no_pair():
+    "64 vectors whose bf16 cosines are all too low by .0076."
+    parts = np.array([.5] * 3 + [.25] * 3 + [.125] * 3 + [.0625] * 2) * (1 + 2**-8 - 2**-14)
+    x = unit_vectors(np.repeat(np.r_[parts, max(0, 1 - (parts**2).sum())**.5][None], 64, 0))
+    u = torch.full((64,), .5087)
+    assert len(mining.close_pairs(x, u, .02)) == 64 * 63 // 2
+
+
+def test_too_dense_for_a_proof(monkeypatch):
+    found = mine(clusters(5000), 32, 'hard', sweeps=2, rounds=0)
+    proof = found.bound
+    assert found.bound_is == 'proof'
+    monkeypatch.setattr(mining, 'LISTED', 1000)
+    assert mining.hard_bound(found.vectors, *found.batches.shape) is None
+    again = mine(clusters(5000), 32, 'hard', sweeps=2, rounds=0)
+    assert again.bound_is == 'estimate' == again.summary()['bound_is'] and abs(again.bound - proof) < .02
+
+
+def test_many_dropped():
+    x = clusters(1999)
+    some, none = (mine(x, 1000, 'hard', sweeps=s) for s in (2, 1))
+    check_partition(some, 1999, 1000)
+    assert some.mean_similarity > none.mean_similarity
+
+
+@pytest.mark.parametrize('table', [
+    lambda x: pd.DataFrame(x), lambda x: x[::-1][::-1], lambda x: x.astype('>f4'), lambda x: x.astype(object),
+    lambda x: x.tolist(), lambda x: x * 1e300, lambda x: x * 1e-300, lambda x: torch.from_numpy(x)])
+def test_tables_of_any_make(table):
+    x = rng(0, 'makes').normal(size=(40, 5))
+    assert torch.allclose(unit_vectors(table(x)), unit_vectors(x), atol=1e-5)
+
+
+@pytest.mark.parametrize('threshold', [2, 'x', float('nan')])
+def test_bad_threshold(threshold):
+    with pytest.raises(CmlfError, match='should be a cosine'): mining.near_duplicates(clusters(20), threshold)
