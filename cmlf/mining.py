@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 
 from .core import KINDS, CmlfError, Progress, has_bf16, one_of, rng, say
 
-# %% ../nbs/04_mining.ipynb #a01e87a9
+# %% ../nbs/04_mining.ipynb #d7e91a91
 def _table(rows):
     "An array of numbers, of whatever make, as a tensor."
     try:
@@ -32,6 +32,7 @@ def _table(rows):
     except (TypeError, ValueError, RuntimeError) as e:
         raise CmlfError(f'vectors: not a table of numbers ({e})') from None
 
+# %% ../nbs/04_mining.ipynb #a01e87a9
 def unit_vectors(embeddings, # (N, d) array or tensor of numbers
                 ) -> torch.Tensor:
     "(N, d) float32, rows of length 1, on their own device; a row without direction is refused."
@@ -119,7 +120,7 @@ def _axis(y, steps:int=3):
     for _ in range(steps): v = normalize(y.transpose(1, 2) @ (y @ v), dim=1)
     return v
 
-# %% ../nbs/04_mining.ipynb #709efce9
+# %% ../nbs/04_mining.ipynb #5fa31130
 def shadow(x, # (N, d) vectors
            k:int=64) -> torch.Tensor:
     "(N, k) `x` along its k principal axes; `x` itself if it is few vectors or of few coordinates."
@@ -128,6 +129,7 @@ def shadow(x, # (N, d) vectors
     some = some - some.mean(0)
     return x @ torch.linalg.eigh(some.T @ some).eigenvectors[:, -k:]
 
+# %% ../nbs/04_mining.ipynb #709efce9
 def bisect(x, # (N, d) vectors
            order, # (P * size,) indices in any order
            size:int, # members of a leaf
@@ -151,7 +153,7 @@ def _nearest_runs(c, order, first, last, k:int):
     best = [(c[order[f:l + 1]] @ c.T).amax(0).topk(k).indices for f, l in zip(first, last)]
     return torch.stack(best).sort(1).values
 
-# %% ../nbs/04_mining.ipynb #30606e1c
+# %% ../nbs/04_mining.ipynb #190a1969
 def _leaves(x, size):
     order = bisect(x, torch.arange(len(x), device=x.device), 1)
     return torch.cat([order, order[:-len(x) % size]]).view(-1, size) # the last is filled up
@@ -164,6 +166,7 @@ def _near(x, runs, again, c, f, l, k, width):
     best = w.topk(k)
     return rows, best.values, near[best.indices]
 
+# %% ../nbs/04_mining.ipynb #30606e1c
 def neighbours(x, # (N, d) unit vectors
                k:int, # how many, below N
                runs=None, # (R, L) all vectors, near ones together, and repeats; None: leaves
@@ -329,7 +332,7 @@ def find_trios(p:Prices, # prices, and the pairs listed
         found.append(_worst(hub, row, i, k, broken, least, per))
     return torch.cat(found, 1)
 
-# %% ../nbs/04_mining.ipynb #ce7c4955
+# %% ../nbs/04_mining.ipynb #b3f3c02d
 def _shares(key, share, wanted):
     "The shares of `wanted` pairs; 0 where `key`, ascending, has them not."
     if not len(key): return share.new_zeros(len(wanted))
@@ -344,6 +347,7 @@ def _worst(hub, row, i, k, broken, least, per):
     order = order[_ranks(row[order]) < per]
     return torch.stack([hub[row[order]], i[order], k[order]]).int()
 
+# %% ../nbs/04_mining.ipynb #ce7c4955
 def add_trios(p:Prices, new):
     "Forget trios without a fee, take in the (3, T) `new` ones, and list their sides."
     held = p.fee > 0
@@ -368,7 +372,7 @@ def falling_bounds(p:Prices, # first prices
         descend(p, [t] * 25)
         yield p.value()
 
-# %% ../nbs/04_mining.ipynb #b5308354
+# %% ../nbs/04_mining.ipynb #66210406
 LISTED = 30_000_000 # pairs a list may hold: some 2.5 GB
 
 def _pairs_near(p:Prices, slack:float=.05, rows:int=256) -> float:
@@ -377,6 +381,7 @@ def _pairs_near(p:Prices, slack:float=.05, rows:int=256) -> float:
     near = p.x[i] @ p.x.T - p.u[i, None] - p.u > -slack
     return float(near.sum()) / len(i) * len(p.x) / 2
 
+# %% ../nbs/04_mining.ipynb #b5308354
 def hard_bound(x, # (N, d) unit vectors
                m:int, # batches
                b:int, # batch size
@@ -421,7 +426,7 @@ def sampled_bound(x, # (N, d) unit vectors
                   groups=None, # (N,) labels
                   runs=None, # (R, L) all vectors, near ones together
                   rows:int=4096) -> float:
-    "Upper bound for hard batches, right with a probability of about 0.9999, from `rows` rows of pairs."
+    "Upper bound for hard batches, right with a probability of about 0.9999, from `rows` rows."
     p, n = listed_prices(x, m, b, groups, runs), len(x)
     pick = torch.from_numpy(rng(0, 'bound').permutation(n)[:rows]).to(x.device)
     over = []
@@ -914,7 +919,7 @@ def _worth(task:Task, batches):
     return torch.cat([one(some) for some in batches.split(1024)])
 
 def _cosines_with(x, rows, ids):
-    "(r, n) of vectors `rows` with `ids`; a copy of nearly all vectors would cost more than all cosines."
+    "(r, n) of vectors `rows` with `ids`; to copy nearly all vectors would cost more than the rest."
     return (x[rows] @ x.T)[:, ids] if 2 * len(ids) > len(x) else x[rows] @ x[ids].T
 
 def _seat_gain(task:Task, batches, dropped, worth):
