@@ -174,10 +174,10 @@ def neighbours(x, # (N, d) unit vectors
     "Nearly the k nearest of every vector: cosines (N, k), descending, and indices (N, k)."
     if runs is None: runs = _leaves(x, min(32, len(x)))
     again = torch.arange(runs.numel(), device=x.device).view(runs.shape) >= len(x)
-    order = bisect(batch_sums(x, runs), torch.arange(len(runs), device=x.device), 1)
-    runs, again = runs[order], again[order]
+    sums = batch_sums(x, runs)
+    order = bisect(sums, torch.arange(len(runs), device=x.device), 1)
+    runs, again, c = runs[order], again[order], normalize(sums[order], dim=1)
     width = min(max(width, k // runs.shape[1] + 2), len(runs))
-    c = normalize(batch_sums(x, runs), dim=1)
     cosine, index = x.new_empty(len(x), k), runs.new_empty(len(x), k)
     with Progress(len(runs), 'neighbours') as bar:
         for f in range(0, len(runs), per):
@@ -185,7 +185,6 @@ def neighbours(x, # (N, d) unit vectors
             rows, cosine[rows], index[rows] = _near(x, runs, again, c, f, l, k, width)
             bar.step(l - f)
     return cosine, index
-
 
 # %% ../nbs/04_mining.ipynb #74879e8d
 def _priced(x, u):
@@ -1028,9 +1027,10 @@ class Mined:
 
     @functools.cached_property
     def _certificate(self):
-        given, runs = (self.vectors, *self.batches.shape), self.runs()
+        given = self.vectors, *self.batches.shape
         if self.kind == 'easy': return easy_bound(*given), 'proof'
         if self.kind != 'hard': return None, None
+        runs = self.runs()
         if len(self.vectors) <= ALL_PAIRS:
             bound = hard_bound(*given, self.groups, self.rounds, runs)
             if bound is not None: return bound, 'proof'

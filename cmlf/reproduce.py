@@ -1342,8 +1342,7 @@ def mine_command(vectors:str = typer.Argument(..., help='.npy file, (N, d) numbe
                  rounds=rounds)
     if out:
         with atomic_path(out) as tmp, open(tmp, 'wb') as f: np.save(f, found.batches)
-    facts = found.summary(bound) | (dict(out=out) if out else {})
-    tell(facts, as_json)
+    tell(found.summary(bound) | (dict(out=out) if out else {}), as_json)
 
 # %% ../nbs/11_reproduce.ipynb #01ee16cf
 def train_on(data, # corpus on disk
@@ -1414,8 +1413,7 @@ def evaluate_command(run:str = typer.Argument(..., help='folder of a finished ru
     "Score a run's model on a split of a corpus."
     if not (Path(run)/'run.json').exists():
         raise CmlfError(f'{run}: no finished run here (no run.json); make one with `cmlf train`')
-    facts = evaluate_on(Run(run), data, split)
-    tell(facts, as_json)
+    tell(evaluate_on(Run(run), data, split), as_json)
 
 # %% ../nbs/11_reproduce.ipynb #e4b814a6
 _SOURCES = {'recordings': 'ESC-50: github.com/karolpiczak/ESC-50; then CMLF_ESC_DIR=FOLDER',
