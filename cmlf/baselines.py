@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .core import CmlfError, atomic_path, autocast, content_hash, device, one_of, rng, say
-from .loss import max_margin
+from .loss import check_losses, max_margin
 from .metrics import retrieval_from_similarity
 
 # %% ../nbs/09_baselines.ipynb #e123beb6
@@ -545,7 +545,7 @@ def train_tagger(net, # `VGGish` or `ResNet18`; trained in place
                  x, # front end's output (N, ...)
                  tags, # (N, n_tags), 1 where the clip has the tag
                  epochs:int=8, lr:float=3e-3, # highest learning rate, after warm-up
-                 batch_size:int=32, seed:int=0) -> list:
+                 batch_size:int=32, seed:int=0, amp:bool=True) -> list:
     "Train `net` to name the tags of clips; each epoch's mean loss. It ends in evaluation mode."
     dev, n, tags = device(), len(x), torch.as_tensor(tags)
     net.to(dev, memory_format=torch.channels_last).train()
@@ -555,20 +555,24 @@ def train_tagger(net, # `VGGish` or `ResNet18`; trained in place
         opt, lr, total_steps=epochs * (-(-n // batch_size)))
     losses = []
     for epoch in range(epochs):
-        order, total = torch.as_tensor(rng(seed, 'tagger', epoch).permutation(n)), 0
-        for batch in order.split(batch_size):
-            with autocast(dev): logits = head(net(x[batch].to(dev).float()).mean(1))
+        order = torch.as_tensor(rng(seed, 'tagger', epoch).permutation(n)).split(batch_size)
+        steps = []
+        for batch in order:
+            with autocast(dev, amp): logits = head(net(x[batch].to(dev).float()).mean(1))
             loss = F.binary_cross_entropy_with_logits(logits.float(), tags[batch].to(dev))
             opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
-            total += loss.item() * len(batch)
-        losses.append(total / n)
+            steps.append(loss.item())
+        check_losses(steps, f'expert tagger, epoch {epoch + 1}', f'lower lr={lr:g}')
+        losses.append(float(np.average(steps, weights=[len(b) for b in order])))
     net.eval()
     return losses
 
 # %% ../nbs/09_baselines.ipynb #2bd640ab
 def own_experts(corpus, # `Corpus` of training sounds with tags
                 width:int=8, # channels of the first layer of both; 64 is full size
-                epochs:int=8, seed:int=0) -> dict:
+                epochs:int=8, seed:int=0,
+                amp:bool=True, # bf16, where it pays
+               ) -> dict:
     "Two taggers trained on `corpus`: {'audio': VGGish, 'vggsound': ResNet18}."
     if not corpus.tags: raise CmlfError(f'{corpus.name}: no clip has tags, so no expert can learn')
     nets = {}
@@ -576,7 +580,7 @@ def own_experts(corpus, # `Corpus` of training sounds with tags
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             nets[name] = EXPERTS[name](width)
-            losses = train_tagger(nets[name], x, corpus.tag_matrix, epochs, seed=seed)
+            losses = train_tagger(nets[name], x, corpus.tag_matrix, epochs, seed=seed, amp=amp)
         say(f'expert {name}: tagging loss {losses[0]:.3f} to {losses[-1]:.3f} in {epochs} epochs')
     return nets
 
@@ -585,11 +589,10 @@ def own_experts(corpus, # `Corpus` of training sounds with tags
 def extract(nets, # {name: network in evaluation mode}, as `own_experts` gives them
             corpus, # `Corpus`
             batch_size:int=64) -> dict:
-    "{name: (features (N, n, width) float32, availability (N,) bool)}; nothing is missing."
+    "{name: (features (N, n, width), availability (N,) bool)}, in float32 on every machine."
     dev, there = device(), np.ones(len(corpus), bool)
     def features(net, x):
-        with autocast(dev):
-            parts = [net(b.to(dev).float()).float().cpu() for b in x.split(batch_size)]
+        parts = [net(b.to(dev).float()).cpu() for b in x.split(batch_size)]
         return torch.cat(parts).numpy()
     return {name: (features(nets[name], x), there.copy())
             for name, x in front_ends(corpus).items()}
@@ -722,6 +725,7 @@ def epoch(self:_Run, part, words):
         loss = max_margin(s, self.s.margin)
         self.opt.zero_grad(); loss.backward(); self.opt.step()
         losses.append(loss.detach()); sizes.append(len(batch))
+    check_losses(losses, f'epoch {number + 1}', f'lower ce_lr={self.s.lr:g}')
     return float(np.average(torch.stack(losses).cpu(), weights=sizes))
 
 # %% ../nbs/09_baselines.ipynb #ce28f15e
@@ -729,8 +733,6 @@ def epoch(self:_Run, part, words):
 def step(self:_Run, parts, words):
     "Train an epoch, score it, keep it if none was better, note it."
     number, loss = len(self.history), self.epoch(parts['train'], words)
-    if not math.isfinite(loss):
-        raise CmlfError(f'loss is {loss} in epoch {number + 1}: try a lower lr')
     value, r = selection_score(self.model, words, parts['val'], self.s.select)
     if self.best is None or value >= self.history[self.best_epoch]['score']:
         self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'cosines', 'nt_xent', 'nt_xent_hardest', 'triplet_max', 'triplet_sum', 'triplet_weighted', 'max_margin',
-           'get_loss']
+           'get_loss', 'check_losses']
 
 # %% ../nbs/06_loss.ipynb #d0eb9288
 import inspect
@@ -129,3 +129,14 @@ def get_loss(name:str, # one of `LOSSES`
     for key in settings: one_of(key, ('tau', 'k', 'margin'), 'setting of a loss')
     known = inspect.signature(loss).parameters
     return partial(loss, **{key: value for key, value in settings.items() if key in known})
+
+# %% ../nbs/06_loss.ipynb #f8b652c7
+def check_losses(losses, # of the steps of an epoch: numbers or scalars, on any device
+                 where:str, # stage and epoch
+                 fix:str): # what to change
+    "Refuse an epoch in which a loss is not a number; the first such step is named."
+    values = torch.stack([torch.as_tensor(l) for l in losses]).float()
+    bad = (~values.isfinite()).nonzero()
+    if len(bad):
+        step = int(bad[0])
+        raise CmlfError(f'{where}, step {step + 1}: the loss is {float(values[step])}; {fix}')
