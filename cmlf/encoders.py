@@ -8,18 +8,17 @@ __all__ = ['SAFE', 'BERT_TYPES', 'dropout', 'Dropout', 'ConvBlock', 'ResidualBlo
            'ProjectionHead', 'DualEncoder']
 
 # %% ../nbs/05_encoders.ipynb #10c32853
-import contextlib, importlib.util, re, warnings
+import contextlib, importlib.util, json, os, re, tempfile, warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastcore.basics import patch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as nnf
 
-from .core import CmlfError, Profile, one_of
+from .core import CmlfError, Profile, atomic_path, file_hash, one_of, write_json
 from .features import N_MELS, LogMel
 
 with warnings.catch_warnings():
@@ -145,6 +144,7 @@ class ResNet38(nn.Module):
         super().__init__()
         if width < 1: raise CmlfError(f'width={width}: a trunk has at least 1 channel')
         self.width, self.n_out, self.dropout = width, 32 * width, dropout
+        self.block_dropout = block_dropout
         self.spec_augment, self.time_stripe = spec_augment, time_stripe
         self.bn0 = nn.BatchNorm1d(N_MELS)
         self.conv_block1 = ConvBlock(1, width, pool=2)
@@ -223,7 +223,7 @@ def _some(names):
     "The first few of many names."
     return f'{len(names)} ({", ".join(names[:3])}{", ..." if len(names) > 3 else ""})'
 
-def _mismatch(found, wanted):
+def _mismatch(found, wanted, finite=True):
     "What keeps `found` from being `wanted`, in words, or ''; the classifier is free to be there."
     there = [k for k in found if not k.startswith(('fc1.', 'fc_audioset.'))]
     shapes = [f'{k} {tuple(found[k].shape)} for {tuple(v.shape)}' for k, v in wanted.items()
@@ -231,7 +231,7 @@ def _mismatch(found, wanted):
     wrong = {'missing': [k for k in wanted if k not in found],
              'unexpected': [k for k in there if k not in wanted],
              'of another shape': shapes,
-             'not finite': [k for k in there if not found[k].isfinite().all()]}
+             'not finite': [k for k in there if finite and not found[k].isfinite().all()]}
     return '; '.join(f'{what}: {_some(names)}' for what, names in wrong.items() if names)
 
 # %% ../nbs/05_encoders.ipynb #76d2cd12
@@ -263,6 +263,7 @@ _RATES = 'hidden_dropout_prob', 'attention_probs_dropout_prob'
 
 def _load_bert(name, dropout, **where):
     "Tokenizer and model, every weight of it from the file."
+    where |= dict(trust_remote_code=False)
     config = transformers.AutoConfig.from_pretrained(name, **where)
     one_of(config.model_type, BERT_TYPES, f'type of text model in {name}:')
     rates = dict.fromkeys(_RATES if dropout is not None else (), dropout)
@@ -309,8 +310,7 @@ def load_bert(name:str, # hub name, or a folder made by `save_pretrained`
         try:
             with _quiet(): return _load_bert(name, dropout, **where)
         except CmlfError: raise
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
-            why = _first_line(e)
+        except Exception as e: why = _first_line(e)  # a broken file can break the reader in any way
     raise CmlfError(f'text model {name!r} cannot be loaded ({why}); '
                     'give a hub name, or a folder that save_pretrained made')
 
@@ -325,7 +325,59 @@ def tiny_bert(dropout:float|None=None) -> tuple:
         torch.manual_seed(0)
         return tokenizer, transformers.BertModel(config, add_pooling_layer=False)
 
+# %% ../nbs/05_encoders.ipynb #ae1df005
+_PROBE = 'A dog BARKS at 12:30, the ﬁre  crackles; café Ｗｉｄｅ Дождь 雨 🐕'
+
+def _probe(tokenizer):
+    "How a tokenizer reads one sentence: ids, and types if it gives them."
+    return tokenizer(_PROBE, padding=False, truncation=False, verbose=False)
+
+# %% ../nbs/05_encoders.ipynb #316df965
+def _first_position(config):
+    "The position of a caption's first token."
+    return 0 if config.model_type == 'bert' else config.pad_token_id + 1
+
+def _longest(tokenizer, config):
+    "How many tokens of one caption the model can read."
+    return min(tokenizer.model_max_length,
+               config.max_position_embeddings - _first_position(config))
+
+# %% ../nbs/05_encoders.ipynb #1c53b0a9
+def _unsuited(config):
+    "Why a model with this config cannot encode captions, or ''."
+    positions = getattr(config, 'position_embedding_type', None) or 'absolute'
+    if getattr(config, 'is_decoder', False):
+        return 'it is a decoder, in which [CLS] sees no other token; give an encoder'
+    if positions != 'absolute':
+        return f'its positions are {positions!r}; give a model with absolute ones'
+    if config.model_type != 'bert' and config.pad_token_id is None:
+        return 'config.json gives no pad_token_id, after which its positions begin; add it'
+    return ''
+
+# %% ../nbs/05_encoders.ipynb #a9aa28e8
+def _ill_matched(tokenizer, model, pool):
+    "Why this tokenizer cannot serve this model, or ''."
+    read, special, pad = _probe(tokenizer), tokenizer.all_special_tokens, model.config.pad_token_id
+    words = [i for word, i in tokenizer.get_vocab().items() if word not in special]
+    if not words:
+        return 'its tokenizer knows no words; add its files, such as tokenizer.json or vocab.txt'
+    rows, last = model.get_input_embeddings().num_embeddings, max(words + read['input_ids'])
+    if last >= rows:
+        return (f'its tokenizer has ids up to {last}, its word table {rows} rows; '
+                'give the tokenizer of this model')
+    if model.config.model_type != 'bert' and tokenizer.pad_token_id not in (None, pad):
+        return (f'its tokenizer pads with id {tokenizer.pad_token_id}, the model with {pad}; '
+                'give the tokenizer of this model')
+    if any(read.get('token_type_ids', ())):
+        return 'its tokenizer gives captions a type other than 0; give one that does not'
+    if pool == 'cls' and read['input_ids'][0] not in (tokenizer.cls_token_id,
+                                                      tokenizer.bos_token_id):
+        return "its tokenizer puts no [CLS] before a caption; set text_pool='mean'"
+    return ''
+
 # %% ../nbs/05_encoders.ipynb #6655c2f6
+_POOLS = 'cls', 'mean'
+
 class TextEncoder(nn.Module):
     "Captions -> (B, `n_out`), float32: last hidden state of [CLS] (II-D), or the mean over tokens."
     def __init__(self, model:str='minilm', # 'minilm' (packaged), 'tiny' (random), hub name, folder
@@ -333,36 +385,150 @@ class TextEncoder(nn.Module):
                  dropout:float|None=None, # of hidden states and attention; None: as trained
                  train_word_table:bool=True): # whether word embeddings learn
         super().__init__()
-        self.pool = one_of(pool, ('cls', 'mean'), 'text_pool')
+        one_of(pool, _POOLS, 'text_pool')
         if not 0 <= (dropout or 0) < 1: raise CmlfError(f'dropout={dropout} should be in [0, 1)')
-        if model == 'tiny': self.tokenizer, self.model = tiny_bert(dropout)
-        else:
-            name = packaged_minilm() if model == 'minilm' else model
-            self.tokenizer, self.model = load_bert(name, dropout)
-        _swap_dropout(self.model.train())
-        config = self.model.config
-        self.n_out = config.hidden_size
-        self.longest = min(self.tokenizer.model_max_length, config.max_position_embeddings)
-        self.model.get_input_embeddings().weight.requires_grad_(train_word_table)
+        if model == 'tiny': parts = tiny_bert(dropout)
+        else: parts = load_bert(packaged_minilm() if model == 'minilm' else model, dropout)
+        self._assemble(f'text model {model}', *parts, pool, dropout, train_word_table)
 
-    def tokenize(self, captions:list) -> dict:
-        "input_ids and attention_mask, both int64 (B, tokens of the longest caption)."
-        if isinstance(captions, str) or not len(captions):
-            raise CmlfError(f'captions={captions!r}: give a list of sentences')
-        found = self.tokenizer(list(captions), padding='longest', truncation=False,
-                               return_tensors='pt', verbose=False)
-        ids, mask = found['input_ids'], found['attention_mask']
-        if ids.shape[1] > self.longest:
-            i = int(mask.sum(1).argmax())
-            raise CmlfError(f'caption {i} ({captions[i][:40]!r}...) has {ids.shape[1]} tokens, '
-                            f'{self.longest} fit: shorten it')
-        return dict(input_ids=ids, attention_mask=mask)
+    def _assemble(self, name, tokenizer, model, pool, dropout, train_word_table):
+        wrong = _unsuited(model.config) or _ill_matched(tokenizer, model, pool)
+        if wrong: raise CmlfError(f'{name}: {wrong}')
+        self.tokenizer, self.model = tokenizer, model
+        self.pool, self.dropout, self.train_word_table = pool, dropout, train_word_table
+        self.n_out, self.longest = model.config.hidden_size, _longest(tokenizer, model.config)
+        pads = model.config.pad_token_id, tokenizer.pad_token_id, 0
+        self.pad_id = next(i for i in pads if i is not None)
+        _swap_dropout(model.train())
+        model.get_input_embeddings().weight.requires_grad_(train_word_table)
 
     def forward(self, tokens:dict):
         h = self.model(**tokens).last_hidden_state.float()
         if self.pool == 'cls': return h[:, 0]
         m = tokens['attention_mask'][:, :, None].float()
         return (h * m).sum(1) / m.sum(1)
+
+# %% ../nbs/05_encoders.ipynb #20136156
+def _caption_names(captions, names):
+    "What errors call each caption; `captions` and `names` are checked to be lists that match."
+    if isinstance(captions, str) or not len(captions):
+        raise CmlfError(f'captions={captions!r}: give a list of sentences')
+    if names is None: names = [f'caption {i}' for i in range(len(captions))]
+    else: names = [f'{name}: caption' for name in names]
+    if len(names) != len(captions):
+        raise CmlfError(f'{len(names)} names for {len(captions)} captions: give one each')
+    for caption, name in zip(captions, names):
+        if not isinstance(caption, str): raise CmlfError(f'{name} {caption!r} is not text')
+    return names
+
+# %% ../nbs/05_encoders.ipynb #8e56b9e0
+def _check_tokens(captions, names, rows, longest, vocabulary):
+    "Refuse captions that the model cannot read; the first is named, those too long are counted."
+    long = [i for i, r in enumerate(rows) if len(r) > longest]
+    if long:
+        i, more = long[0], f' and {len(long) - 1} more' if len(long) > 1 else ''
+        start = captions[i] if len(captions[i]) <= 40 else captions[i][:40].rstrip() + ' ...'
+        raise CmlfError(f'{names[i]} {start!r} has {len(rows[i])} tokens, '
+                        f'{longest} fit: shorten it{more}')
+    for caption, name, r in zip(captions, names, rows):
+        if not r: raise CmlfError(f'{name} {caption!r} has no tokens: write a sentence')
+        if max(r) >= vocabulary:
+            raise CmlfError(f'{name} {caption!r} has a token that is not in the word table of the '
+                            'model: leave out special tokens')
+
+# %% ../nbs/05_encoders.ipynb #5dff3af8
+@patch
+def tokenize(self:TextEncoder, captions:list, # sentences
+             names:list|None=None, # one text per caption for errors, such as 'my.csv row 12'
+            ) -> dict:
+    "input_ids and attention_mask, int64 (B, tokens of the longest caption), padded on the right."
+    names, captions = _caption_names(captions, names), list(captions)
+    rows = self.tokenizer(captions, padding=False, truncation=False, verbose=False,
+                          return_attention_mask=False)['input_ids']
+    _check_tokens(captions, names, rows, self.longest,
+                  self.model.get_input_embeddings().num_embeddings)
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True,
+                                    padding_value=self.pad_id)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
+    return dict(input_ids=ids, attention_mask=mask.long())
+
+# %% ../nbs/05_encoders.ipynb #daccd34e
+_REPAIR = 'copy the whole folder anew, or save the model again'
+
+def _check_settings(path, found, types):
+    "`found`, if it has exactly these keys, with values of these types."
+    if not isinstance(found, dict) or set(found) != set(types):
+        raise CmlfError(f'{path}: should hold {", ".join(types)}; {_REPAIR}')
+    for key, kind in types.items():
+        if not isinstance(found[key], kind):
+            raise CmlfError(f'{path}: {key}={found[key]!r} is not usable; {_REPAIR}')
+    return found
+
+def _read_settings(path, **types):
+    "The JSON object in `path`."
+    if not path.is_file(): raise CmlfError(f'{path}: no such file; {_REPAIR}')
+    try: found = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise CmlfError(f'{path}: damaged ({_first_line(e)}); {_REPAIR}') from None
+    return _check_settings(path, found, types)
+
+# %% ../nbs/05_encoders.ipynb #af6bb205
+def _check_files(folder, digests):
+    "Refuse a folder in which one of these files is missing or not what it was."
+    for name, digest in digests.items():
+        path = folder/name
+        if not path.is_file(): raise CmlfError(f'{path}: no such file; {_REPAIR}')
+        if file_hash(path) != digest: raise CmlfError(f'{path}: damaged or changed; {_REPAIR}')
+
+# %% ../nbs/05_encoders.ipynb #3e18afd3
+def _read_tokenizer(folder, ids, saved_by):
+    "The tokenizer in `folder`, which must read the probe as `ids`."
+    why = 'it splits text differently'
+    for reader in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast):
+        try: found = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as e: why = _first_line(e)  # which errors differs between versions
+        else:
+            if _probe(found)['input_ids'] == ids: return found
+    raise CmlfError(f'{folder}: transformers {transformers.__version__} cannot read this tokenizer '
+                    f'({why}); install transformers {saved_by}, which saved it')
+
+# %% ../nbs/05_encoders.ipynb #84683853
+_TEXT_SETTINGS = dict(pool=str, dropout=float|int|None, train_word_table=bool)
+
+@patch
+def save(self:TextEncoder, folder):
+    "Everything but the weights: config, tokenizer and settings, from which `load` builds it."
+    folder, by = Path(folder), transformers.__version__
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = _probe(self.tokenizer)['input_ids']
+    with _quiet(), tempfile.TemporaryDirectory(dir=folder, prefix='.') as tmp:
+        self.tokenizer.save_pretrained(tmp)
+        self.model.config.save_pretrained(tmp)
+        files = {f.name: file_hash(f) for f in sorted(Path(tmp).iterdir())}
+        for name in files: os.replace(Path(tmp)/name, folder/name)
+        _read_tokenizer(folder, ids, by)
+    write_json(folder/'text.json', {k: getattr(self, k) for k in _TEXT_SETTINGS} |
+               dict(transformers=by, probe=ids, files=files))
+
+# %% ../nbs/05_encoders.ipynb #697023bd
+@patch(cls_method=True)
+def load(cls:TextEncoder, folder) -> TextEncoder:
+    "The encoder that `save` described in `folder`, with random weights."
+    folder = Path(folder)
+    found = _read_settings(folder/'text.json', **_TEXT_SETTINGS,
+                           transformers=str, probe=list, files=dict)
+    one_of(found['pool'], _POOLS, f'text_pool in {folder/"text.json"}:')
+    _check_files(folder, found['files'])
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        tokenizer = _read_tokenizer(folder, found['probe'], found['transformers'])
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True,
+                                                         trust_remote_code=False)
+        model = transformers.AutoModel.from_config(
+            config, add_pooling_layer=False, attn_implementation='sdpa', trust_remote_code=False)
+    self = cls.__new__(cls)
+    nn.Module.__init__(self)
+    self._assemble(folder, tokenizer, model.float(), *(found[k] for k in _TEXT_SETTINGS))
+    return self
 
 # %% ../nbs/05_encoders.ipynb #02d238a0
 class ProjectionHead(nn.Sequential):
@@ -404,6 +570,15 @@ class DualEncoder(nn.Module):
         "What `text.tokenize` gives -> (B, joint_dim), float32, not normalised."
         return self.text_head(self.text(tokens)).float()
 
+    def save(self, folder):
+        "Write the model to `folder`, with everything that `load` needs."
+        _save_model(self, Path(folder))
+
+    @classmethod
+    def load(cls, folder) -> 'DualEncoder':
+        "The model that `save` wrote to `folder`, in eval mode."
+        return _load_model(cls, Path(folder))
+
 # %% ../nbs/05_encoders.ipynb #929c0761
 @patch
 def train_only(self:DualEncoder, which:str='both', # 'audio', 'text' or 'both'
@@ -425,3 +600,43 @@ def train(self:DualEncoder, mode:bool=True) -> DualEncoder:
     nn.Module.train(self, mode)
     for name in self.frozen: getattr(self, name).eval()
     return self
+
+# %% ../nbs/05_encoders.ipynb #3825ad6c
+_AUDIO_SETTINGS = dict(width=int, dropout=float|int, block_dropout=float|int, spec_augment=bool,
+                       time_stripe=int|None)
+
+def _check_saveable(model):
+    "Only encoders of this page can be built anew from a folder."
+    for side, known in dict(audio=ResNet38, text=TextEncoder).items():
+        encoder = getattr(model, side)
+        if type(encoder) is not known:
+            raise CmlfError(f'the {side} encoder is a {type(encoder).__name__}; only a '
+                            f'{known.__name__} can be saved, keep its state_dict instead')
+
+# %% ../nbs/05_encoders.ipynb #4d351864
+def _save_model(model, folder):
+    _check_saveable(model)
+    (folder/'encoders.json').unlink(missing_ok=True)  # the folder is incomplete until the end
+    model.text.save(folder/'text')
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    with atomic_path(folder/'model.safetensors') as tmp: save_file(weights, tmp)
+    files = {f: file_hash(folder/f) for f in ('model.safetensors', 'text/text.json')}
+    hidden, _, last = model.audio_head
+    write_json(folder/'encoders.json', dict(
+        audio={k: getattr(model.audio, k) for k in _AUDIO_SETTINGS},
+        joint_dim=last.out_features, head_hidden=hidden.out_features, files=files))
+
+# %% ../nbs/05_encoders.ipynb #8463d3a3
+def _load_model(cls, folder):
+    path, weights = folder/'encoders.json', folder/'model.safetensors'
+    found = _read_settings(path, audio=dict, joint_dim=int, head_hidden=int, files=dict)
+    _check_settings(path, found['audio'], _AUDIO_SETTINGS)
+    _check_files(folder, found['files'])
+    with torch.random.fork_rng(devices=[]):
+        model = cls(ResNet38(**found['audio']), TextEncoder.load(folder/'text'),
+                    found['joint_dim'], found['head_hidden'])
+    entries = load_file(weights)
+    if wrong := _mismatch(entries, model.state_dict(), finite=False):
+        raise CmlfError(f'{weights}: not of the model in {path.name}; {_REPAIR}. {wrong}')
+    model.load_state_dict(entries)
+    return model.eval()

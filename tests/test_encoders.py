@@ -1,13 +1,17 @@
 """PANNs files at full size, files that must be refused, text models from folders, teachers that stay still."""
-import os, subprocess, sys, zipfile
+import json, os, shutil, subprocess, sys, zipfile
 
 import librosa
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
 from scipy.signal import get_window
+from tokenizers import ByteLevelBPETokenizer, SentencePieceUnigramTokenizer, Tokenizer
+from tokenizers.normalizers import Lowercase
+from tokenizers.processors import TemplateProcessing
 
 from cmlf.core import CmlfError, get_profile
 from cmlf.encoders import (SAFE, DualEncoder, ResNet38, TextEncoder, dropout, load_bert, packaged_minilm, read_panns,
@@ -270,6 +274,394 @@ def test_offline_hub_name_is_one_line():
     found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
     line, = found.stdout.splitlines()
     assert line.startswith('CmlfError') and 'hf download no-such/bert' in line and not found.stderr
+
+
+# text models of every type, small and random, in the files that save_pretrained and the tokenizers library write
+
+OFFSET = 'roberta', 'xlm-roberta', 'camembert'
+TYPES = 'bert', *OFFSET
+SAID = ['a dog barks in the rain', 'a Loud bell rings; far away', 'café water splashes', 'birds sing 123'] * 20
+
+def pieces(type):
+    "A tokenizer of the type's kind, trained on `SAID`."
+    special = ['<s>', '<pad>', '</s>', '<unk>', '<mask>']
+    if type == 'roberta': tokenizer = ByteLevelBPETokenizer(add_prefix_space=True)
+    else: tokenizer = SentencePieceUnigramTokenizer()
+    unknown = {} if type == 'roberta' else dict(unk_token='<unk>')
+    tokenizer.train_from_iterator(SAID, vocab_size=400, special_tokens=special, show_progress=False, **unknown)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single='<s> $A </s>', special_tokens=[('<s>', 0), ('</s>', 2)])
+    return tokenizer
+
+def text_folder(path, type, said=(), max_positions=40, **config):
+    "A folder as the hub has it; `said` goes into tokenizer_config.json."
+    path.mkdir(parents=True, exist_ok=True)
+    if type == 'bert':
+        transformers.AutoTokenizer.from_pretrained(packaged_minilm()).save_pretrained(path)
+        about = json.loads((path/'tokenizer_config.json').read_text())
+    else:
+        pieces(type).save(str(path/'tokenizer.json'))
+        names = dict(bos_token='<s>', eos_token='</s>', cls_token='<s>', sep_token='</s>', unk_token='<unk>', pad_token='<pad>',
+                     mask_token='<mask>')
+        about = names | dict(tokenizer_class=dict(zip(OFFSET, ('RobertaTokenizer', 'XLMRobertaTokenizer', 'CamembertTokenizer')))[type])
+    (path/'tokenizer_config.json').write_text(json.dumps(about | dict(said)))
+    sizes = dict(vocab_size=30522, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = transformers.AutoConfig.for_model(type, **sizes | dict(max_position_embeddings=max_positions) | config)
+    torch.manual_seed(1)
+    transformers.AutoModel.from_config(config).save_pretrained(path)
+    return path
+
+def edit_json(path, **changes): path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+def caption_of(encoder, n):
+    "A caption of exactly n tokens."
+    captions = (' '.join(['a'] * words) + tail for words in range(1, n) for tail in ('', 'a'))
+    return next(c for c in captions if len(encoder.tokenizer(c, verbose=False)['input_ids']) == n)
+
+def reference(folder, rows):
+    "What transformers gives for each caption alone."
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad(): return [model(torch.tensor([r])).last_hidden_state[0] for r in rows]
+
+@pytest.mark.parametrize('type', TYPES)
+@pytest.mark.parametrize('side', ['right', 'left'])
+@pytest.mark.parametrize('pool', ['cls', 'mean'])
+def test_padding_side_changes_nothing(tmp_path, type, side, pool):
+    text = TextEncoder(str(text_folder(tmp_path/'m', type, dict(padding_side=side))), pool).eval()
+    assert text.tokenizer.padding_side == side
+    captions = SAID[:4]
+    tokens = text.tokenize(captions)
+    rows = [text.tokenizer(c)['input_ids'] for c in captions]
+    assert [ids[m.bool()].tolist() for ids, m in zip(*tokens.values())] == rows
+    assert tokens['attention_mask'].diff(dim=1).le(0).all() and len({len(r) for r in rows}) > 1  # ones, then zeros
+    want = [h[0] if pool == 'cls' else h.mean(0) for h in reference(tmp_path/'m', rows)]
+    with torch.no_grad(): assert torch.allclose(text(tokens), torch.stack(want), atol=1e-6)
+
+@pytest.mark.parametrize('type', TYPES)
+def test_longest_caption_of_a_type(tmp_path, type):
+    "RoBERTa's positions begin after the padding's: 40 of them hold 38 tokens."
+    text = TextEncoder(str(text_folder(tmp_path/'m', type))).eval()
+    assert text.longest == (40 if type == 'bert' else 38)
+    captions = [caption_of(text, text.longest), 'a']
+    tokens = text.tokenize(captions)
+    want = reference(tmp_path/'m', [text.tokenizer(c)['input_ids'] for c in captions])
+    with torch.no_grad(): assert torch.allclose(text(tokens), torch.stack([h[0] for h in want]), atol=1e-6)
+    with pytest.raises(CmlfError, match=f'has {text.longest + 1} tokens, {text.longest} fit'):
+        text.tokenize([caption_of(text, text.longest + 1)])
+
+def test_514_positions_hold_512_tokens(tmp_path):
+    text = TextEncoder(str(text_folder(tmp_path/'m', 'roberta', max_positions=514))).eval()
+    with torch.no_grad(): assert text(text.tokenize([caption_of(text, 512)])).isfinite().all()
+    with pytest.raises(CmlfError, match='has 513 tokens, 512 fit'): text.tokenize([caption_of(text, 513)])
+
+@pytest.mark.parametrize('type', TYPES)
+def test_tokenizer_may_allow_less(tmp_path, type):
+    text = TextEncoder(str(text_folder(tmp_path/'m', type, dict(model_max_length=9))))
+    assert text.longest == 9 and text.tokenize([caption_of(text, 9)])['input_ids'].shape == (1, 9)
+    with pytest.raises(CmlfError, match='has 10 tokens, 9 fit'): text.tokenize([caption_of(text, 10)])
+
+def test_padding_id_moves_the_positions(tmp_path):
+    "The offset is the config's padding id, whatever it is."
+    folder = text_folder(tmp_path/'m', 'roberta', dict(pad_token='<mask>'), pad_token_id=4)
+    text = TextEncoder(str(folder)).eval()
+    assert text.longest == 35 and text.pad_id == 4
+    with torch.no_grad(): assert text(text.tokenize([caption_of(text, 35)])).isfinite().all()
+
+@pytest.mark.parametrize('type', TYPES)
+def test_without_pad_token(tmp_path, type):
+    "Padding comes from the model."
+    a = text_folder(tmp_path/'a', type, dict(tokenizer_class='PreTrainedTokenizerFast'))
+    b = shutil.copytree(a, tmp_path/'b')
+    edit_json(b/'tokenizer_config.json', pad_token=None)
+    plain, text = (TextEncoder(str(f)).eval() for f in (a, b))
+    assert text.tokenizer.pad_token_id is None
+    one, two = plain.tokenize(SAID[:4]), text.tokenize(SAID[:4])
+    assert all(torch.equal(one[k], two[k]) for k in one) and torch.equal(plain(one), text(two))
+
+def test_no_attention_mask_from_the_tokenizer(tmp_path):
+    said = dict(model_input_names=['input_ids'])
+    text = TextEncoder(str(text_folder(tmp_path/'m', 'bert', said)))
+    assert set(text.tokenizer(['a'])) == {'input_ids'}
+    assert text.tokenize(['a dog', 'a'])['attention_mask'].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+
+@pytest.mark.parametrize('name', ['minilm', 'tiny', 'folder'])
+@pytest.mark.parametrize('pool', ['cls', 'mean'])
+def test_ordinary_captions_are_read_as_the_library_pads_them(tmp_path, name, pool):
+    "Bit for bit what the tokenizer's own padding gives."
+    text = TextEncoder(str(text_folder(tmp_path/'m', 'bert', max_positions=64)) if name == 'folder' else name, pool).eval()
+    captions = ['a dog barks', 'Rain falls on a roof; the wind, too!', 'birds ' * 40, '', 'café 雨']
+    found = text.tokenizer(captions, padding='longest', truncation=False, return_tensors='pt')
+    want = dict(input_ids=found['input_ids'], attention_mask=found['attention_mask'])
+    tokens = text.tokenize(captions)
+    assert tokens.keys() == want.keys() and all(torch.equal(tokens[k], want[k]) and tokens[k].dtype == torch.int64 for k in want)
+    with torch.no_grad():
+        h = text.model(**want).last_hidden_state
+        m = want['attention_mask'][:, :, None].float()
+        assert torch.equal(text(tokens), h[:, 0] if pool == 'cls' else (h * m).sum(1) / m.sum(1))
+
+
+# captions that cannot be read
+
+def test_long_captions_are_named_and_counted():
+    text = TextEncoder('tiny')
+    captions = ['a dog'] + ['A long ' + 'rain ' * 700] * 4
+    names = [f'my.csv row {i}' for i in range(11, 16)]
+    with pytest.raises(CmlfError) as e: text.tokenize(captions, names=names)
+    assert str(e.value) == ("my.csv row 12: caption 'A long rain rain rain rain rain rain rai ...' has 704 tokens, "
+                            "512 fit: shorten it and 3 more")
+    with pytest.raises(CmlfError, match=r"^my.csv row 12: .* shorten it$"): text.tokenize(captions[:2], names[:2])
+    with pytest.raises(CmlfError, match=r"^caption 1 'A long .* has 704 tokens"): text.tokenize(captions[:2])
+    with pytest.raises(CmlfError, match='1 names for 5 captions'): text.tokenize(captions, names[:1])
+
+@pytest.mark.parametrize('thing', [None, float('nan'), 3, b'rain', ['a', 'dog']])
+def test_what_is_not_text_is_named(thing):
+    text = TextEncoder('tiny')
+    with pytest.raises(CmlfError, match='my.csv row 3: caption .* is not text'):
+        text.tokenize(['rain', thing], ['my.csv row 2', 'my.csv row 3'])
+
+def test_captions_of_any_sequence():
+    text, said = TextEncoder('tiny'), ['a dog', 'rain']
+    for captions in (tuple(said), np.array(said), pd.Series(said, index=[7, 9])):
+        assert torch.equal(text.tokenize(captions)['input_ids'], text.tokenize(said)['input_ids'])
+    with pytest.raises(CmlfError, match='caption 0 .* 902 tokens'): text.tokenize(pd.Series(['rain ' * 900], index=[7]))
+
+def test_caption_without_tokens(tmp_path):
+    "Where a tokenizer adds none of its own, an empty caption has nothing to take the mean of."
+    said = dict(tokenizer_class='PreTrainedTokenizerFast')
+    folder = text_folder(tmp_path/'m', 'bert', said)
+    edit_json(folder/'tokenizer.json', post_processor=None)
+    with pytest.raises(CmlfError, match=r"puts no \[CLS\] before a caption; set text_pool='mean'"): TextEncoder(str(folder))
+    text = TextEncoder(str(folder), 'mean')
+    with pytest.raises(CmlfError, match="caption 1 '' has no tokens"): text.tokenize(['rain', ''])
+
+
+# tokenizers and models that do not belong together
+
+def refused(folder, match):
+    with pytest.raises(CmlfError, match=match) as e: TextEncoder(str(folder))
+    assert str(folder) in str(e.value) and '\n' not in str(e.value)
+
+@pytest.mark.parametrize('type', TYPES)
+def test_vocabulary_beyond_the_word_table(tmp_path, type):
+    refused(text_folder(tmp_path/'m', type, vocab_size=30), r'its tokenizer has ids up to \d+, its word table 30 rows')
+
+def test_special_tokens_beyond_the_word_table(tmp_path):
+    "They do no harm before a caption holds one."
+    n = len(pieces('camembert').get_vocab())
+    text = TextEncoder(str(text_folder(tmp_path/'m', 'camembert', vocab_size=n)))
+    assert len(text.tokenizer) > n
+    text.tokenize(['a dog'])
+    with pytest.raises(CmlfError, match='caption 1 .* a token that is not in the word table'):
+        text.tokenize(['a dog', 'a dog <unk>NOTUSED'])
+
+@pytest.mark.parametrize('type', TYPES)
+def test_folder_without_tokenizer_files(tmp_path, type):
+    "transformers makes a tokenizer of special tokens, to which every word is unknown."
+    folder = text_folder(tmp_path/'m', type)
+    (folder/'tokenizer.json').unlink()
+    refused(folder, 'its tokenizer knows no words; add its files')
+
+@pytest.mark.parametrize('type', TYPES)
+@pytest.mark.parametrize('content', ['', '{"x"', '{}', '[]'])
+def test_broken_tokenizer_file_is_one_line(tmp_path, type, content):
+    folder = text_folder(tmp_path/'m', type)
+    (folder/'tokenizer.json').write_text(content)
+    refused(folder, 'cannot be loaded')
+
+@pytest.mark.parametrize('type', OFFSET)
+def test_other_padding_than_the_positions_expect(tmp_path, type):
+    refused(text_folder(tmp_path/'m', type, pad_token_id=3), 'its tokenizer pads with id 1, the model with 3')
+
+def test_roberta_without_padding_id(tmp_path):
+    folder = text_folder(tmp_path/'m', 'roberta')
+    edit_json(folder/'config.json', pad_token_id=None)
+    refused(folder, 'config.json gives no pad_token_id')
+
+@pytest.mark.parametrize('type', TYPES)
+@pytest.mark.parametrize('changes, match', [(dict(is_decoder=True), 'it is a decoder'),
+                                            (dict(position_embedding_type='relative_key'), "positions are 'relative_key'")])
+def test_models_that_read_otherwise(tmp_path, type, changes, match):
+    folder = text_folder(tmp_path/'m', type)
+    edit_json(folder/'config.json', **changes)
+    refused(folder, match)
+
+def test_captions_of_another_segment_type(tmp_path):
+    folder = text_folder(tmp_path/'m', 'bert', dict(tokenizer_class='PreTrainedTokenizerFast',
+                                                    model_input_names=['input_ids', 'token_type_ids']))
+    tokenizer = Tokenizer.from_file(str(folder/'tokenizer.json'))
+    tokenizer.post_processor = TemplateProcessing(single='[CLS]:0 $A:1 [SEP]:1', special_tokens=[('[CLS]', 101), ('[SEP]', 102)])
+    tokenizer.save(str(folder/'tokenizer.json'))
+    refused(folder, 'a type other than 0')
+
+
+# models that need nothing but their folder
+
+class NoNetwork:
+    def __init__(self, *a, **k): raise AssertionError('a socket was opened')
+
+def dual(name, pool='cls', train_word_table=True):
+    "A small dual encoder whose weights and running statistics are not those of any construction."
+    torch.manual_seed(2)
+    model = DualEncoder(ResNet38(2, 0.3, 0.1, True, 7), TextEncoder(str(name), pool, 0.3, train_word_table), 8, 12)
+    for v in model.state_dict().values():
+        if v.is_floating_point(): v.add_(torch.rand_like(v) * 0.1)
+    return model
+
+def outputs(model):
+    x = torch.randn(3, 40, 64, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad(): return model.embed_audio(x), model.embed_text(model.text.tokenize(SAID[:4]))
+
+@pytest.mark.parametrize('name', ['minilm', 'tiny', *TYPES])
+def test_saved_model_needs_its_folder_only(tmp_path, name, monkeypatch):
+    model = dual(text_folder(tmp_path/'m', name, dict(padding_side='left')) if name in TYPES else name, 'mean', False)
+    want = outputs(model.eval())
+    model.train_only('audio').save(tmp_path/'saved')
+    os.rename(tmp_path/'saved', tmp_path/'moved')
+    shutil.rmtree(tmp_path/'m', ignore_errors=True)
+    monkeypatch.setattr('socket.socket', NoNetwork)
+    monkeypatch.setattr('cmlf.encoders.packaged_minilm', lambda: tmp_path/'gone')
+    state = torch.get_rng_state()
+    found = DualEncoder.load(tmp_path/'moved')
+    assert torch.equal(torch.get_rng_state(), state)  # draws nothing from the caller's stream
+    assert all(map(torch.equal, outputs(found), want))
+    assert not any(m.training for m in found.modules()) and found.frozen == ()
+    assert found.state_dict().keys() == model.state_dict().keys()
+    a, b = found.audio, found.text
+    assert (a.width, a.dropout, a.block_dropout, a.spec_augment, a.time_stripe) == (2, 0.3, 0.1, True, 7)
+    assert (b.pool, b.dropout, b.train_word_table, b.longest) == ('mean', 0.3, False, model.text.longest)
+    assert b.model.config.hidden_dropout_prob == b.model.config.attention_probs_dropout_prob == 0.3
+    learns = lambda m: [n for n, p in m.train_only('both').named_parameters() if p.requires_grad]
+    assert learns(found) == learns(model) and not any('word_embeddings' in n for n in learns(found))
+    assert str(tmp_path) not in ''.join(f.read_text() for f in (tmp_path/'moved').rglob('*.json'))
+
+def test_saved_again_over_another_model(tmp_path):
+    dual('tiny').save(tmp_path/'saved')
+    model = dual(text_folder(tmp_path/'m', 'xlm-roberta')).eval()
+    model.save(tmp_path/'saved')
+    assert all(map(torch.equal, outputs(DualEncoder.load(tmp_path/'saved')), outputs(model)))
+
+def test_loading_trains_on_as_before(tmp_path):
+    "One seed, one step: dropout and SpecAugment are the same in the model that was read."
+    def step(model):
+        torch.manual_seed(5)
+        model.train_only('both')
+        return model.embed_audio(torch.randn(4, 40, 64)), model.embed_text(model.text.tokenize(SAID[:4]))
+    model = dual('tiny')
+    model.save(tmp_path)
+    assert all(map(torch.equal, step(DualEncoder.load(tmp_path)), step(model)))
+
+def test_half_precision_files_become_float32(tmp_path):
+    folder = text_folder(tmp_path/'m', 'bert')
+    transformers.BertModel.from_pretrained(folder).half().save_pretrained(folder)
+    model = dual(folder).eval()
+    model.save(tmp_path/'saved')
+    found = DualEncoder.load(tmp_path/'saved')
+    assert {p.dtype for p in found.parameters()} == {torch.float32}
+    assert all(map(torch.equal, outputs(found), outputs(model)))
+
+def test_tokenizer_whose_class_would_be_rebuilt_differently(tmp_path):
+    "BertTokenizer takes its normaliser from settings, not from tokenizer.json."
+    text = TextEncoder('tiny')
+    text.tokenizer.backend_tokenizer.normalizer = Lowercase()
+    want = text.tokenize(['Ｗｉｄｅ CAFÉ'])['input_ids']
+    text.save(tmp_path)
+    assert not torch.equal(want, TextEncoder('tiny').tokenize(['Ｗｉｄｅ CAFÉ'])['input_ids'])
+    assert torch.equal(want, TextEncoder.load(tmp_path).tokenize(['Ｗｉｄｅ CAFÉ'])['input_ids'])
+
+def test_text_encoder_alone(tmp_path):
+    text = TextEncoder('minilm', 'mean', 0.2, False).eval()
+    text.save(tmp_path/'t')
+    assert not list((tmp_path/'t').glob('*.safetensors')) and sum(f.stat().st_size for f in (tmp_path/'t').iterdir()) < 1e6
+    found = TextEncoder.load(tmp_path/'t')
+    assert found.training and not torch.equal(found.model.embeddings.word_embeddings.weight, text.model.embeddings.word_embeddings.weight)
+    found.load_state_dict(text.state_dict())
+    tokens = found.eval().tokenize(SAID[:4])
+    assert torch.equal(found(tokens), text(text.tokenize(SAID[:4])))
+
+def test_quiet_and_offline_in_a_fresh_process(tmp_path):
+    "No warning, no bar, no hub, even where the hub may be asked."
+    dual('minilm').save(tmp_path/'saved')
+    code = '''
+import socket
+class No:
+    def __init__(self, *a, **k): raise AssertionError('a socket was opened')
+from cmlf.encoders import DualEncoder
+socket.socket = No
+model = DualEncoder.load('saved')
+model.save('again')
+print(model.embed_text(model.text.tokenize(['a dog barks'])).shape)'''
+    env = {k: v for k, v in os.environ.items() if k != 'HF_HUB_OFFLINE'}
+    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert (found.stdout, found.stderr) == ('torch.Size([1, 8])\n', '')
+
+def test_code_in_the_folder_is_not_run(tmp_path):
+    folder = text_folder(tmp_path/'m', 'bert')
+    (folder/'evil.py').write_text(f'open({str(tmp_path/"ran")!r}, "w")\nclass Evil: pass\n')
+    edit_json(folder/'config.json', auto_map=dict(AutoConfig='evil.Evil', AutoModel='evil.Evil'))
+    edit_json(folder/'tokenizer_config.json', auto_map=dict(AutoTokenizer=['evil.Evil', 'evil.Evil']))
+    text = TextEncoder(str(folder))
+    text.save(tmp_path/'t')
+    shutil.copy(folder/'evil.py', tmp_path/'t')
+    TextEncoder.load(tmp_path/'t')
+    assert not (tmp_path/'ran').exists()
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp('saved')
+    dual('tiny').save(path)
+    return path
+
+FILES = ['encoders.json', 'model.safetensors', 'text/text.json', 'text/config.json', 'text/tokenizer.json', 'text/tokenizer_config.json']
+
+def test_these_are_the_files(saved):
+    assert sorted(f.relative_to(saved).as_posix() for f in saved.rglob('*') if f.is_file()) == sorted(FILES)
+
+@pytest.mark.parametrize('name', FILES)
+@pytest.mark.parametrize('harm', ['missing', 'empty', 'cut', 'flipped'])
+def test_damaged_folder_names_the_file(saved, tmp_path, name, harm):
+    path = shutil.copytree(saved, tmp_path/'copy')/name
+    data = path.read_bytes()
+    if harm == 'missing': path.unlink()
+    elif harm == 'flipped': path.write_bytes(data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 0x80]) + data[len(data) // 2 + 1:])
+    else: path.write_bytes(data[:0 if harm == 'empty' else len(data) // 2])
+    with pytest.raises(CmlfError, match='copy the whole folder anew, or save the model again') as e: DualEncoder.load(tmp_path/'copy')
+    assert str(e.value).startswith(f'{path}: ') and '\n' not in str(e.value)
+
+AUDIO = dict(width=2, dropout=0.3, block_dropout=0.1, spec_augment=True, time_stripe=7)
+
+@pytest.mark.parametrize('changes, match', [
+    (dict(audio=dict(width=2)), 'should hold width, dropout, block_dropout'), (dict(audio=AUDIO | dict(depth=3)), 'should hold width'),
+    (dict(audio=AUDIO | dict(width='wide')), "width='wide' is not usable"), (dict(audio=3), 'audio=3 is not usable'),
+    (dict(audio=AUDIO | dict(width=4)), 'not of the model in encoders.json'),
+    (dict(joint_dim=9), 'not of the model in encoders.json.*of another shape'), (dict(joint_dim='9'), "joint_dim='9' is not usable"),
+    (dict(more=1), 'should hold audio, joint_dim, head_hidden, files')])
+def test_description_of_another_model(saved, tmp_path, changes, match):
+    shutil.copytree(saved, tmp_path/'copy')
+    edit_json(tmp_path/'copy'/'encoders.json', **changes)
+    with pytest.raises(CmlfError, match=match): DualEncoder.load(tmp_path/'copy')
+
+def test_interrupted_save_is_not_taken_for_whole(saved, tmp_path, monkeypatch):
+    shutil.copytree(saved, tmp_path/'copy')
+    def full(*a, **k): raise OSError('no space left')
+    monkeypatch.setattr('cmlf.encoders.save_file', full)
+    with pytest.raises(OSError): dual('tiny').save(tmp_path/'copy')
+    with pytest.raises(CmlfError, match='encoders.json: no such file'): DualEncoder.load(tmp_path/'copy')
+
+def test_no_folder(tmp_path):
+    with pytest.raises(CmlfError, match='encoders.json: no such file'): DualEncoder.load(tmp_path/'none')
+    with pytest.raises(CmlfError, match='text.json: no such file'): TextEncoder.load(tmp_path/'none')
+
+def test_text_settings_of_another_kind(saved, tmp_path):
+    for changes, match in ((dict(pool=3), 'pool=3 is not usable'), (dict(pool='max'), "unknown text_pool in .*text.json: 'max'"),
+                           (dict(probe=[1, 2]), 'cannot read this tokenizer .*install transformers')):
+        shutil.copytree(saved/'text', tmp_path/'t', dirs_exist_ok=True)
+        edit_json(tmp_path/'t'/'text.json', **changes)
+        with pytest.raises(CmlfError, match=match): TextEncoder.load(tmp_path/'t')
+
+def test_other_encoders_are_not_saved(tmp_path):
+    class Other(ResNet38): pass
+    with pytest.raises(CmlfError, match='the audio encoder is a Other; only a ResNet38 can be saved'):
+        DualEncoder(Other(2), TextEncoder('tiny'), 8, 8).save(tmp_path/'x')
+    assert not (tmp_path/'x').exists()
 
 
 # teachers
