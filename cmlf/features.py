@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'N_FFT', 'HOP', 'N_MELS', 'FMIN', 'FMAX', 'AMIN', 'FLOOR', 'STORE_VERSION', 'fit', 'load_audio',
-           'mel_filters', 'LogMel', 'FeatureStore', 'build_store']
+           'probe_audio', 'mel_filters', 'LogMel', 'FeatureStore', 'build_store']
 
 # %% ../nbs/01_features.ipynb #7215bb8b
-import io, math, os, shutil, warnings
+import contextlib, io, math, os, re, shutil, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,32 +43,141 @@ def fit(wave, # (..., samples)
     return np.pad(wave, [(0, 0)] * (wave.ndim - 1) + [(0, n - wave.shape[-1])])
 
 # %% ../nbs/01_features.ipynb #4f3faf13
-_BEYOND = 0.5  # seconds decoded after the cut
+_BEYOND = 0.5         # seconds decoded after the cut
+_BLOCK = 2**20        # frames that a probe decodes at a time
+_PIPED = 2**31 - 2**16  # bytes of sound from which on a header's number stands for "unknown"
+# how libsndfile's log tells of bytes that are not there: wav, aiff, au, rf64 and w64
+_MISSING = re.compile(
+    r'^ *(?:data|SSND|Data Size|Riff size|riff) +: (\d+) \(should be (\d+)\)', re.M)
 
-def _decode(path, seconds):
-    "Samples (frames, channels) as stored, and their rate."
-    if not Path(path).is_file(): raise CmlfError(f'{path}: no such file')
-    try:
-        with sf.SoundFile(str(path)) as f:
-            n = -1 if seconds is None else math.ceil((seconds + _BEYOND) * f.samplerate)
-            return f.read(n, dtype='float32', always_2d=True), f.samplerate
-    except (RuntimeError, OSError, TypeError, ValueError, MemoryError) as e:
-        raise CmlfError(f'{path}: not readable as sound ({e}); convert it to wav or flac') from None
+def _promised(f) -> int:
+    "Frames that the header of an open sound file promises, be they there or not."
+    said, there = map(int, told.groups() if (told := _MISSING.search(f.extra_info)) else (0, 0))
+    if not there or said >= _PIPED: return f.frames
+    promised = f.frames * said // there
+    # writers miscount by a few bytes; a twentieth of a second is more than that
+    return promised if promised > f.frames + .05 * f.samplerate else f.frames
+
+def _used(f, seconds) -> int:
+    "Frames of an open sound file that a clip of `seconds` is made from; None: all."
+    if seconds is None: return _promised(f)
+    return min(_promised(f), math.ceil((seconds + _BEYOND) * f.samplerate))
+
+# %% ../nbs/01_features.ipynb #056f32ad
+@contextlib.contextmanager
+def _sound_file(path):
+    "An open sound file, or an error that says why there is none."
+    if not Path(path).is_file(): raise CmlfError('no such file')
+    try: f = sf.SoundFile(str(path))
+    except (RuntimeError, OSError, TypeError, ValueError) as e:
+        why = getattr(e, 'error_string', e)
+        raise CmlfError(f'not readable as sound ({why}); convert it to wav or flac') from None
+    with f:
+        if f.frames > 2**48:  # libsndfile's number for a flac that was written to a pipe
+            raise CmlfError('its header tells no length; convert it to a new wav or flac file')
+        yield f
+
+def _blocks(f, n, size):
+    "The first `n` frames of an open sound file, in blocks of `size`: (frames, channels) float32."
+    done, rest = 0, n / f.samplerate
+    while done < n:
+        try: block = f.read(min(n - done, size), dtype='float32', always_2d=True)
+        except (RuntimeError, MemoryError) as e:
+            why = getattr(e, 'error_string', e)
+            raise CmlfError(f'cut off or damaged ({why}); download or export it again') from None
+        if not len(block):
+            raise CmlfError(f'cut off after {done / f.samplerate:.2f} of {rest:.2f} s; '
+                            'download or export it again')
+        yield block
+        done += len(block)
+
+# %% ../nbs/01_features.ipynb #be2c9502
+def _cancel(power, # (channels,) sum of squares of each channel
+            mixed, # sum of squares of their average
+           ) -> bool:
+    "Whether the channels of a recording cancel each other."
+    return len(power) > 1 and mixed < .01 * power.sum() / len(power)**2
+
+def _power(wave): return np.square(wave, dtype=np.float64).sum(0)
+
+def _mix(wave) -> np.ndarray:
+    "Channels (frames, channels) averaged; where they cancel, the loudest alone."
+    mix = wave.mean(1)
+    power = _power(wave) if wave.shape[1] > 1 else np.zeros(1)
+    return wave[:, power.argmax()] if _cancel(power, _power(mix)) else mix
 
 # %% ../nbs/01_features.ipynb #2f334299
+def _load(path, seconds):
+    with _sound_file(path) as f:
+        n, rate = _used(f, seconds), f.samplerate
+        wave = [*_blocks(f, n, n)]
+    if not wave: raise CmlfError('holds no samples; remove it or record it again')
+    wave = np.concatenate(wave)
+    if not np.isfinite(wave).all():
+        raise CmlfError('holds NaN or infinite samples; export it again')
+    wave = librosa.resample(_mix(wave), orig_sr=rate, target_sr=SAMPLE_RATE, res_type='soxr_hq')
+    if len(wave) < N_FFT:
+        raise CmlfError(f'{len(wave)} samples at 32 kHz, one window is {N_FFT}; remove it')
+    wave = wave / max(1, np.abs(wave).max())
+    return wave.astype(np.float32) if seconds is None else fit(wave, seconds)
+
 def load_audio(path, # a file of any format, rate and number of channels that soundfile reads
                seconds:float|None=None, # cut or pad to this length; None: as long as it is
               ) -> np.ndarray:
     "A recording as float32 (samples,) in [-1, 1] at 32 kHz; `CmlfError` names an unusable file."
-    wave, rate = _decode(path, seconds)
-    if not len(wave): raise CmlfError(f'{path}: holds no samples; remove it or record it again')
-    if not np.isfinite(wave).all():
-        raise CmlfError(f'{path}: holds NaN or infinite samples; export it again')
-    wave = librosa.resample(wave.mean(1), orig_sr=rate, target_sr=SAMPLE_RATE, res_type='soxr_hq')
-    if len(wave) < N_FFT:
-        raise CmlfError(f'{path}: {len(wave)} samples at 32 kHz, one window is {N_FFT}; remove it')
-    wave = wave / max(1, np.abs(wave).max())
-    return wave.astype(np.float32) if seconds is None else fit(wave, seconds)
+    try: return _load(path, seconds)
+    except CmlfError as e: raise CmlfError(f'{path}: {e}') from None
+
+# %% ../nbs/01_features.ipynb #d43f1058
+_SILENT, _FULL, _CLIPPED = 1e-4, .9999, 1e-3
+
+def _flat(block) -> int:
+    "How many samples of a block continue a run of three others at full scale."
+    size = np.abs(block)
+    full = (size >= _FULL) & (size <= 1)
+    return int((full[3:] & full[2:-1] & full[1:-2] & full[:-3]).sum())
+
+def _sums(blocks) -> dict:
+    "Power of each channel and of their average, peak and flat samples of all blocks."
+    power, mixed, peak, flat, n = 0, 0, 0, 0, 0
+    for b in blocks:
+        power, mixed = power + _power(b), mixed + _power(b.mean(1))
+        flat, n = flat + _flat(b), n + b.size
+        peak = np.maximum(peak, np.abs(b).max())  # stays NaN once it is
+    return dict(power=power, mixed=mixed, peak=float(peak), clipped=flat / max(n, 1))
+
+# %% ../nbs/01_features.ipynb #23e21e5f
+def _remark(power, mixed, peak, clipped) -> str:
+    "What a person should hear of a sound that can be used."
+    if peak < _SILENT: return 'silent'
+    clip = f'clipped, {clipped:.1%} of samples flat at full scale' if clipped > _CLIPPED else ''
+    cancel = 'channels cancel, took the loudest' if _cancel(power, mixed) else ''
+    return '; '.join(filter(None, (clip, cancel)))
+
+def _ends_well(path) -> bool:
+    "Whether the last frame of a sound file can be reached, where its codec can seek."
+    with _sound_file(path) as f:
+        if _promised(f) > f.frames: return False
+        if not (f.frames and f.seekable()): return True
+        try: f.seek(f.frames - 1); return len(f.read(1)) == 1
+        except RuntimeError: return False
+
+# %% ../nbs/01_features.ipynb #543908f5
+def probe_audio(path, # a sound file
+                seconds:float|None=None, # as for `load_audio`
+               ) -> dict:
+    "seconds, rate, error (why `load_audio` refuses the file) and remark (what to know of it)."
+    seen = dict(seconds=0.0, rate=0, error='', remark='')
+    try:
+        with _sound_file(path) as f:
+            seen |= dict(seconds=_promised(f) / f.samplerate, rate=f.samplerate)
+            sums = _sums(_blocks(f, _used(f, seconds), _BLOCK))
+        if not np.isfinite(sums['peak']):
+            raise CmlfError('holds NaN or infinite samples; export it again')
+        late = '' if _ends_well(path) else 'cut off after the used part'
+        if seen['seconds']: seen['remark'] = '; '.join(filter(None, (_remark(**sums), late)))
+    except CmlfError as e: seen['error'] = str(e)
+    return seen
 
 # %% ../nbs/01_features.ipynb #74d4957b
 def mel_filters(n_mels:int=N_MELS, # bands

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import types
 
 import librosa
@@ -13,8 +14,9 @@ import pytest
 import soundfile as sf
 import torch
 
+from cmlf import features
 from cmlf.core import CmlfError, content_hash
-from cmlf.features import HOP, N_FFT, SAMPLE_RATE, FeatureStore, LogMel, build_store, fit, load_audio
+from cmlf.features import HOP, N_FFT, SAMPLE_RATE, FeatureStore, LogMel, build_store, fit, load_audio, probe_audio
 
 
 def tone(rate, seconds=1.0, f0=1000):
@@ -105,6 +107,151 @@ def test_truncated_file_gives_what_it_holds_or_its_name(tmp_path):
             assert np.isfinite(load_audio(tmp_path / f'cut.{ext}')).all()
         except CmlfError as e:
             assert f'cut.{ext}' in str(e)
+
+
+# ---- ordinary sound is what it always was; codecs that cannot seek, files that break, channels that cancel
+
+def plainly(path, seconds):
+    "How a sound was read before anything was known of broken files: one read, channels averaged."
+    with sf.SoundFile(str(path)) as f:
+        wave, rate = f.read(-1 if seconds is None else int(np.ceil((seconds + .5) * f.samplerate)),
+                            dtype='float32', always_2d=True), f.samplerate
+    wave = librosa.resample(wave.mean(1), orig_sr=rate, target_sr=SAMPLE_RATE, res_type='soxr_hq')
+    wave = (wave / max(1, np.abs(wave).max())).astype(np.float32)
+    return wave if seconds is None else fit(wave, seconds)
+
+
+def noise(samples, channels=1, seed=0):
+    return np.random.default_rng(seed).uniform(-.4, .4, (samples, channels))
+
+
+@pytest.mark.parametrize('ext,subtype,atol', [*FORMATS, ('ogg', 'OPUS', 0), ('au', 'ULAW', 0), ('caf', 'ALAC_16', 0)])
+@pytest.mark.parametrize('channels', [1, 2])
+@pytest.mark.parametrize('seconds', [None, 1.5, 4])
+def test_ordinary_sound_is_bit_for_bit_what_one_read_gives(tmp_path, monkeypatch, ext, subtype, atol, channels, seconds):
+    path = tmp_path / f'a.{ext}'
+    sf.write(path, noise(100000, channels), 48000, subtype=subtype)
+    assert np.array_equal(load_audio(path, seconds), plainly(path, seconds))
+    assert probe_audio(path, seconds) == dict(seconds=100000 / 48000, rate=48000, error='', remark='')
+    monkeypatch.setattr(features, '_BLOCK', 9999)  # many blocks
+    assert np.array_equal(load_audio(path, seconds), plainly(path, seconds))
+
+
+CANNOT_SEEK = [('wav', 'GSM610', 8000), ('aiff', 'GSM610', 8000), ('w64', 'GSM610', 8000), ('wav', 'G721_32', 8000),
+               ('wav', 'NMS_ADPCM_16', 8000), ('au', 'G721_32', 8000), ('au', 'G723_24', 8000), ('au', 'G723_40', 8000)]
+
+
+@pytest.mark.parametrize('ext,subtype,rate', CANNOT_SEEK)
+@pytest.mark.parametrize('seconds', [None, 1, 5])
+def test_codecs_that_cannot_seek(tmp_path, ext, subtype, rate, seconds):
+    path = tmp_path / f'a.{ext}'
+    sf.write(path, tone(rate, 3, 500), rate, subtype=subtype)
+    assert not sf.SoundFile(str(path)).seekable()
+    wave, seen = load_audio(path, seconds), probe_audio(path, seconds)
+    assert seen['error'] == '' and abs(seen['seconds'] - 3) < .1
+    assert seconds is None or len(wave) == seconds * SAMPLE_RATE
+    assert abs(wave[8000:24000].std() - .5 / np.sqrt(2)) < .06
+
+
+def broken_files(folder):
+    "Files of three seconds that hold less, each with the seconds from which on one notices."
+    for ext, kw in dict(wav={}, flac={}, aiff={}, au={}, w64={}, mp3={}, ogg={}, opus=dict(format='OGG', subtype='OPUS')).items():
+        sf.write(folder / f'whole.{ext}', noise(48000 * 3, 2), 48000, **kw)
+        data = bytearray((folder / f'whole.{ext}').read_bytes())
+        if ext not in ('ogg', 'opus'):  # an Ogg stream that ends early is a shorter one: nothing in it tells
+            (folder / f'cut.{ext}').write_bytes(data[:len(data) // 2])
+        if ext in ('flac', 'opus', 'mp3'):
+            middle = len(data) // 2
+            data[middle:middle + 4000] = bytes(4000)
+            (folder / f'hole.{ext}').write_bytes(data)
+    return sorted(p for p in folder.iterdir() if p.stem != 'whole')
+
+
+def test_broken_files_are_named_and_known_beforehand(tmp_path, capfd):
+    broken = broken_files(tmp_path)
+    assert len(broken) == 9
+    for path in broken:
+        for seconds in (None, 2.5):
+            with pytest.raises(CmlfError, match=f'{path.name}: cut off') as e: load_audio(path, seconds)
+            assert '\n' not in str(e.value) and probe_audio(path, seconds)['error'] in str(e.value)
+        assert not probe_audio(path, .1)['error'] and len(load_audio(path, .1)) == 3200  # what is used is there
+
+
+def test_the_end_of_a_long_file_is_not_used_and_still_said(tmp_path):
+    sf.write(tmp_path / 'a.flac', noise(SAMPLE_RATE * 9), SAMPLE_RATE)
+    data = (tmp_path / 'a.flac').read_bytes()
+    (tmp_path / 'a.flac').write_bytes(data[:len(data) * 2 // 3])
+    assert probe_audio(tmp_path / 'a.flac', 2) == dict(seconds=9, rate=SAMPLE_RATE, error='', remark='cut off after the used part')
+    assert probe_audio(tmp_path / 'a.flac', 9)['error']
+
+
+def test_a_wav_from_a_pipe_promises_nothing(tmp_path):
+    sf.write(tmp_path / 'a.wav', noise(SAMPLE_RATE), SAMPLE_RATE)
+    data = bytearray((tmp_path / 'a.wav').read_bytes())
+    for size in (0xffffffff, 0x7ffff000, 0x7fffffff):
+        data[40:44] = size.to_bytes(4, 'little')
+        (tmp_path / 'a.wav').write_bytes(data)
+        assert probe_audio(tmp_path / 'a.wav')['error'] == '' and len(load_audio(tmp_path / 'a.wav')) == SAMPLE_RATE
+    data[40:44] = (2 * SAMPLE_RATE + 6).to_bytes(4, 'little')  # miscounted by a few bytes
+    (tmp_path / 'a.wav').write_bytes(data)
+    assert probe_audio(tmp_path / 'a.wav')['error'] == ''
+
+
+def test_a_flac_without_length_is_said(tmp_path):
+    sf.write(tmp_path / 'a.flac', noise(SAMPLE_RATE), SAMPLE_RATE)
+    data = bytearray((tmp_path / 'a.flac').read_bytes())
+    data[21] &= 0xf0; data[22:26] = bytes(4)  # the 36 bits of the number of samples
+    (tmp_path / 'a.flac').write_bytes(data)
+    assert 'tells no length' in probe_audio(tmp_path / 'a.flac', 1)['error']
+    with pytest.raises(CmlfError, match='a.flac: its header tells no length'): load_audio(tmp_path / 'a.flac', .1)
+
+
+@pytest.mark.parametrize('ext,subtype', [('wav', 'PCM_16'), ('flac', 'PCM_24'), ('mp3', 'MPEG_LAYER_III')])
+@pytest.mark.parametrize('seconds', [None, 1])
+def test_cancelling_channels_are_no_silence(tmp_path, ext, subtype, seconds):
+    x = tone(SAMPLE_RATE, 2)
+    sf.write(tmp_path / f'a.{ext}', np.stack([x, -x], 1), SAMPLE_RATE, subtype=subtype)
+    wave = load_audio(tmp_path / f'a.{ext}', seconds)
+    assert abs(np.abs(wave[2000:-2000]).max() - .5) < .06
+    assert probe_audio(tmp_path / f'a.{ext}', seconds)['remark'] == 'channels cancel, took the loudest'
+    sf.write(tmp_path / 'b.wav', np.stack([.97 * x, -x], 1), SAMPLE_RATE)  # the louder of the two
+    assert np.allclose(load_audio(tmp_path / 'b.wav', 1), -x[:SAMPLE_RATE], atol=1e-4)
+
+
+@pytest.mark.parametrize('channels', [
+    lambda x, y: [x, 0 * x], lambda x, y: [x, y], lambda x, y: [x, .5 * y - .8 * x], lambda x, y: [0 * x, 0 * x],
+    lambda x, y: [x] + 15 * [0 * x], lambda x, y: [x, x]])
+def test_channels_that_do_not_cancel_are_averaged(tmp_path, channels):
+    x, y = noise(SAMPLE_RATE, 2).T / 2
+    sf.write(tmp_path / 'a.wav', np.stack(channels(x, y), 1), SAMPLE_RATE)
+    assert np.array_equal(load_audio(tmp_path / 'a.wav'), plainly(tmp_path / 'a.wav', None))
+    assert 'cancel' not in probe_audio(tmp_path / 'a.wav')['remark']
+
+
+def test_silence_and_clipping_are_remarked(tmp_path):
+    def remark(wave):
+        sf.write(tmp_path / 'a.wav', wave, SAMPLE_RATE)
+        return probe_audio(tmp_path / 'a.wav')['remark']
+    assert remark(np.zeros(9000)) == remark(1e-5 * noise(9000)) == 'silent' and remark(.01 * noise(9000)) == ''
+    for f0 in (50, 441, 5003): assert remark(2 * tone(SAMPLE_RATE, f0=f0)) == ''  # full scale, and no clipping
+    assert remark(np.clip(2.4 * tone(SAMPLE_RATE), -1, 1)).startswith('clipped, ')
+    sf.write(tmp_path / 'a.wav', 6 * tone(SAMPLE_RATE), SAMPLE_RATE, subtype='FLOAT')  # scaled, not clipped
+    assert probe_audio(tmp_path / 'a.wav')['remark'] == ''
+
+
+def test_the_probe_refuses_what_the_reader_refuses(tmp_path):
+    for name in bad_files(tmp_path):
+        if name.split('.')[0] in ('empty', 'short', 'short-8k'): continue  # their length says it
+        assert probe_audio(tmp_path / name, 2)['error'], name
+
+
+def test_the_probe_needs_little_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, '_BLOCK', 4096)
+    sf.write(tmp_path / 'a.wav', noise(SAMPLE_RATE * 60, 2), SAMPLE_RATE)
+    tracemalloc.start()
+    assert probe_audio(tmp_path / 'a.wav')['seconds'] == 60
+    assert tracemalloc.get_traced_memory()[1] < 2e6  # the sound would be 15 MB
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize('hop', [160, HOP, 640])
