@@ -10,29 +10,59 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch.nn import functional as nnf
 
 from .core import CmlfError, one_of, rng
 
 # %% ../nbs/07_metrics.ipynb #af8c02ea
-_BLOCK = 2**24  # similarities held at once
+_PART = 2**20  # compared at once: small enough for the processor's cache
 
-def _ranks(block, own, owner, n_clips):
-    "Ranks (T,) of captions and (C,) of clips; `block(rows)` gives similarities (n, C)."
-    best = own.new_full((n_clips,), -torch.inf).scatter_reduce(0, owner, own, 'amax')
-    above, level, t2a = 0, 0, []
-    for rows in torch.arange(len(own), device=own.device).split(max(1, _BLOCK // n_clips)):
-        S, mine = block(rows), own[rows, None]
-        nan = rows[S.isnan().any(1)]
-        if len(nan): raise CmlfError(f'caption {int(nan[0])}: its similarities hold NaN')
-        S[rows - rows[0], owner[rows]] = own[rows]  # equal to the last bit, however computed
-        t2a.append((S > mine).sum(1) + ((S == mine).sum(1) - 1) / 2)
-        above, level = above + (S > best).sum(0), level + (S == best).sum(0)
-    return torch.cat(t2a).double().cpu().numpy(), (above + (level - 1) / 2).double().cpu().numpy()
+def _ahead(S, row, value):
+    "For each i, how many of `S[row[i]]` are above `value[i]`; a tie counts half."
+    # filled in place: small results kept between large temporaries would scatter the heap
+    found = torch.zeros(len(row), dtype=torch.float64, device=row.device)
+    for i in torch.arange(len(row), device=row.device).split(max(1, _PART // S.shape[1])):
+        line, mine = S[row[i]], value[i, None]
+        found[i] = torch.count_nonzero(line > mine, 1).double()
+        found[i] += torch.count_nonzero(line == mine, 1).double() / 2
+    return found
+
+# %% ../nbs/07_metrics.ipynb #55374a1c
+_BLOCK = 2**22  # similarities held at once
+
+def _nth(query):
+    "How many entries of the same query stand before each; `query` is sorted."
+    return np.arange(len(query)) - np.searchsorted(query, query)
+
+def _places(query, value, ahead):
+    "Of right items, (queries, places): by query, best first."
+    query, value, ahead = (x.cpu().numpy() for x in (query, value.double(), ahead))
+    order = np.lexsort((-value, query))
+    return query[order], _nth(query[order]) + ahead[order]
+
+def _both_ways(block, t, c, value, n_captions, n_clips):
+    "`_places` of right pairs (t, c) by caption and by clip; `block(rows)`: a new (n, C) tensor."
+    t, c = (torch.as_tensor(x, device=value.device) for x in (t, c))
+    by_t, by_c = (torch.zeros(len(t), dtype=torch.float64, device=t.device) for _ in range(2))
+    n = max(1, _BLOCK // n_clips)
+    for start in range(0, n_captions, n):
+        S = block(slice(start, start + n))
+        here = slice(*torch.searchsorted(t, t.new_tensor([start, start + n])).tolist())
+        row = t[here] - start
+        S[row, c[here]] = torch.nan
+        by_t[here] = _ahead(S, row, value[here])
+        by_c += _ahead(S.T.contiguous(), c, value)
+    return _places(t, value, by_t), _places(c, value, by_c)
 
 # %% ../nbs/07_metrics.ipynb #ba9cf694
 KS = 1, 5, 10
 DIRECTIONS = 't2a', 'a2t'
+
+def _depth(k):
+    "`k`, if it can be a depth."
+    if not k >= 1: raise CmlfError(f'k={k}: should be 1 or more')
+    return k
 
 def _table(r):
     "A Retrieval as a markdown table."
@@ -50,6 +80,7 @@ class Retrieval:
     t2a_ranks:np.ndarray # (T,) rank of its clip for each caption
     a2t_ranks:np.ndarray # (C,) rank of its best caption for each clip
     owner:np.ndarray     # (T,) clip of each caption
+    places:dict|None=None # by direction: (queries, places) of all right items
 
     def ranks(self, direction):
         return getattr(self, one_of(direction, DIRECTIONS, 'direction') + '_ranks')
@@ -57,7 +88,7 @@ class Retrieval:
                direction:str, # 't2a' or 'a2t'
               ) -> float:
         "R@k in percent: the share of ranks below k."
-        return 100 * float((self.ranks(direction) < k).mean())
+        return 100 * float((self.ranks(direction) < _depth(k)).mean())
 
     @property
     def t2a(self): return {f'R@{k}': self.recall(k, 't2a') for k in KS}
@@ -72,16 +103,47 @@ class Retrieval:
     def meanr(self): return {d: float(np.mean(self.ranks(d))) + 1 for d in DIRECTIONS}
     @property
     def pool(self): return dict(clips=len(self.a2t_ranks), captions=len(self.t2a_ranks))
-    def asdict(self): return {n: getattr(self, n) for n in 't2a a2t medr meanr score pool'.split()}
 
     def __repr__(self):
         t, a = ('/'.join(f'{x:.1f}' for x in d.values()) for d in (self.t2a, self.a2t))
         return f'Retrieval(t2a {t}, a2t {a}, {self.pool["clips"]} clips)'
     def _repr_markdown_(self): return _table(self)
 
+# %% ../nbs/07_metrics.ipynb #3f18cf00
+@patch
+def average_precision(self:Retrieval, k:int, # depth
+                      direction:str, # 't2a' or 'a2t'
+                     ) -> np.ndarray:
+    "AP@k of each query, from 0 to 1."
+    one_of(direction, DIRECTIONS, 'direction')
+    if self.places: query, place = self.places[direction]
+    elif direction == 't2a': query, place = np.arange(len(self.t2a_ranks)), self.t2a_ranks
+    else: raise CmlfError('mAP of a2t needs the places of all captions of a clip: '
+                          'make this Retrieval with `retrieval` or `retrieval_from_similarity`')
+    precision = (_nth(query) + 1) / (place + 1) * (place < _depth(k))
+    return np.bincount(query, precision) / np.minimum(k, np.bincount(query))
+
+@patch
+def map(self:Retrieval, k:int, # depth
+        direction:str, # 't2a' or 'a2t'
+       ) -> float:
+    "mAP@k in percent; the right items of a clip are all its captions."
+    return 100 * float(self.average_precision(k, direction).mean())
+
+# %% ../nbs/07_metrics.ipynb #6bda5d47
+@patch
+def asdict(self:Retrieval, ks:tuple=(50,), # depths of R@k besides 1, 5 and 10
+           maps:tuple=(10,), # depths of mAP@k; None for a2t where only the ranks are known
+          ) -> dict:
+    "Everything above in plain numbers."
+    known = {n: getattr(self, n) for n in 't2a a2t medr meanr score pool'.split()}
+    value = lambda k, d: self.map(k, d) if self.places or d == 't2a' else None
+    return known | dict(more={d: {f'R@{k}': self.recall(k, d) for k in ks} for d in DIRECTIONS},
+                        map={d: {f'mAP@{k}': value(k, d) for k in maps} for d in DIRECTIONS})
+
 # %% ../nbs/07_metrics.ipynb #4ba55481
 def _owners(owner, n_captions, n_clips):
-    "`owner` as a tensor (T,), or an error that says what is wrong with it."
+    "`owner` as an array (T,), or an error that says what is wrong with it."
     owner = np.asarray(owner.cpu() if torch.is_tensor(owner) else owner)
     if owner.shape != (n_captions,) or owner.dtype.kind not in 'iu':
         raise CmlfError(f'owner {owner.shape} {owner.dtype}: should be {n_captions} whole numbers')
@@ -93,71 +155,138 @@ def _owners(owner, n_captions, n_clips):
                         f'clips run from 0 to {n_clips - 1}')
     alone = np.flatnonzero(np.bincount(owner, minlength=n_clips) == 0)
     if len(alone): raise CmlfError(f'clip {alone[0]} has no caption: drop it or give it one')
-    return torch.from_numpy(owner.astype(np.int64))
+    return owner.astype(np.int64)
 
 # %% ../nbs/07_metrics.ipynb #5f2b306c
-def _first(owner, first, n_clips):
-    "Captions of the first `first` clips, as indices."
-    if not 1 <= first <= n_clips: raise CmlfError(f'first={first}: the pool has {n_clips} clips')
-    return (owner < first).nonzero()[:, 0]
+def _right(t, clips, n_clips):
+    "`relevant[t]` as an array, or an error that says what is wrong with it."
+    try: found = np.asarray(list(clips))
+    except TypeError: found = np.array(None)
+    if not found.size: return np.zeros(0, np.int64)
+    if found.ndim != 1 or found.dtype.kind not in 'iu' or len(set(found.tolist())) < len(found):
+        raise CmlfError(f'relevant[{t}] is {str(clips):.60}: should be a set of clip numbers')
+    bad = found[(found < 0) | (found >= n_clips)]
+    if len(bad): raise CmlfError(f'relevant[{t}] names clip {bad[0]}: '
+                                 f'clips run from 0 to {n_clips - 1}')
+    return found.astype(np.int64)
+
+def _pairs(relevant, owner, n_clips):
+    "(captions, clips) of all right pairs by caption: its owner, and what `relevant` names."
+    t = np.arange(len(owner))
+    if relevant is None: return t, owner
+    sets = [_right(i, clips, n_clips) for i, clips in enumerate(relevant)]
+    if len(sets) != len(t):
+        raise CmlfError(f'relevant has {len(sets)} sets for {len(t)} captions: give one for each')
+    t = np.concatenate([t, np.repeat(t, [len(x) for x in sets])])
+    return np.divmod(np.unique(t * n_clips + np.concatenate([owner, *sets])), n_clips)
+
+# %% ../nbs/07_metrics.ipynb #737a71bb
+def _pool(owner, relevant, first, n_captions, n_clips):
+    "Of the first clips: their captions, the owners, and the right pairs (captions, clips)."
+    owner = _owners(owner, n_captions, n_clips)
+    t, c = _pairs(relevant, owner, n_clips)
+    if first is None: first = n_clips
+    if first not in range(1, n_clips + 1):
+        raise CmlfError(f'first={first}: the pool has {n_clips} clips')
+    kept = owner < first
+    pair = kept[t] & (c < first)
+    return np.flatnonzero(kept), owner[kept], (kept.cumsum() - 1)[t[pair]], c[pair]
 
 # %% ../nbs/07_metrics.ipynb #a992f415
+def _matrix(x, what, axes):
+    "`x` as a tensor of floats or an array of numbers, two-dimensional."
+    if torch.is_tensor(x): x = x.detach() if x.is_floating_point() else x.cpu().numpy()
+    try: x = x if torch.is_tensor(x) else np.asarray(x)
+    except ValueError: raise CmlfError(f'{what}: rows of different lengths') from None
+    if not torch.is_tensor(x) and (x.dtype.kind not in 'biuf' or x.itemsize > 8):
+        raise CmlfError(f'{what} of dtype {x.dtype}: should be real numbers of at most 64 bits')
+    if x.ndim != 2 or not x.shape[1]:
+        raise CmlfError(f'{what} of shape {tuple(x.shape)}: should be {axes}')
+    return x
+
+def _floats(x, what):
+    "A tensor of the same numbers; whole ones too large for that are refused, they could tie."
+    if torch.is_tensor(x): return x
+    floats = x.astype(np.result_type(x.dtype, np.float32))
+    if x.dtype.kind in 'iu' and (np.abs(floats) >= 2**53).any():
+        raise CmlfError(f'{what}: whole numbers beyond 2^53 cannot be told apart; divide them')
+    return torch.from_numpy(floats)
+
+# %% ../nbs/07_metrics.ipynb #3d7851d9
+def _retrieval(block, t, c, value, owner):
+    "The result of `_both_ways`; a rank is the first place of its query."
+    places = _both_ways(block, t, c, value, len(owner), owner.max() + 1)
+    ranks = [place[np.diff(query, prepend=-1) > 0] for query, place in places]
+    return Retrieval(*ranks, owner, dict(zip(DIRECTIONS, places)))
+
 def retrieval_from_similarity(sim, # (T captions, C clips), array or tensor
                               owner, # (T,) clip of each caption
-                              first:int|None=None, # score in the pool of this many clips only, the first
+                              first:int|None=None, # score in the pool of the first so many clips
+                              relevant=None, # (T,) for each caption a set of clips also right
                              ) -> Retrieval:
     "Ranks both ways from similarities; ties averaged, a clip's rank the best of its captions."
-    sim = torch.as_tensor(sim).detach()
-    if sim.ndim != 2:
-        raise CmlfError(f'similarities of shape {tuple(sim.shape)}: should be (captions, clips)')
-    if not sim.is_floating_point(): sim = sim.double()
-    owner = _owners(owner, *sim.shape).to(sim.device)
-    if first is not None:
-        kept = _first(owner, first, sim.shape[1])
-        sim, owner = sim[kept, :first], owner[kept]
-    own = sim[torch.arange(len(sim), device=sim.device), owner]
-    return Retrieval(*_ranks(lambda rows: sim[rows], own, owner, sim.shape[1]), owner.cpu().numpy())
+    sim = _matrix(sim, 'similarities', '(captions, clips)')
+    kept, owner, t, c = _pool(owner, relevant, first, *sim.shape)
+    sim = sim[:, :owner.max() + 1]
+    def block(rows):
+        S = _floats(sim[kept[rows]], 'similarities')
+        nan = S.isnan().any(1).nonzero()
+        if len(nan):
+            raise CmlfError(f'caption {kept[rows][int(nan[0])]}: its similarities hold NaN')
+        return S
+    return _retrieval(block, t, c, _floats(sim[kept[t], c], 'similarities'), owner)
 
 # %% ../nbs/07_metrics.ipynb #fe81c0ba
 def _unit(x, what):
     "Embeddings with unit length, float64."
-    x = torch.as_tensor(x).detach()
-    if x.ndim != 2:
-        raise CmlfError(f'{what} embeddings of shape {tuple(x.shape)}: should be (n, d)')
+    x = _floats(_matrix(x, f'{what} embeddings', '(n, d)'), f'{what} embeddings').double()
     bad = (~x.isfinite().all(1)).nonzero()
     if len(bad): raise CmlfError(f'{what} embedding {int(bad[0])} holds NaN or infinity')
-    return nnf.normalize(x.double(), dim=1)
+    largest = x.abs().amax(1, keepdim=True)  # squares may overflow or vanish
+    return nnf.normalize(x / largest.where(largest > 0, 1), dim=1)
 
+def _cosines(text, audio, t, c):
+    "Cosines of pairs (t, c), a block of them at a time."
+    n = max(1, 2**20 // text.shape[1])
+    shares = [slice(i, i + n) for i in range(0, len(t), n)]
+    return torch.cat([(text[t[i]] * audio[c[i]]).sum(1) for i in shares]).float()
+
+# %% ../nbs/07_metrics.ipynb #2e2cf583
 def retrieval(audio, # (C, d) embeddings of the clips
               text, # (T, d) embeddings of the captions
               owner, # (T,) clip of each caption
-              first:int|None=None, # score in the pool of this many clips only, the first
+              first:int|None=None, # score in the pool of the first so many clips
+              relevant=None, # (T,) for each caption a set of clips also right
              ) -> Retrieval:
     "Ranks both ways by cosine, block by block: the (T, C) matrix is never held whole."
     audio, text = _unit(audio, 'audio'), _unit(text, 'text')
     if audio.shape[1] != text.shape[1]:
         raise CmlfError(f'audio embeddings have {audio.shape[1]} dimensions, text {text.shape[1]}: '
                         'should be equal')
-    owner = _owners(owner, len(text), len(audio)).to(audio.device)
-    if first is not None:
-        kept = _first(owner, first, len(audio))
-        audio, text, owner = audio[:first], text[kept], owner[kept]
-    own = (text * audio[owner]).sum(1).float()
-    cosines = lambda rows: (text[rows] @ audio.T).float()
-    return Retrieval(*_ranks(cosines, own, owner, len(audio)), owner.cpu().numpy())
+    kept, owner, t, c = _pool(owner, relevant, first, len(text), len(audio))
+    audio = audio[:owner.max() + 1]
+    block = lambda rows: (text[kept[rows]] @ audio.T).float()
+    return _retrieval(block, t, c, _cosines(text, audio, kept[t], c), owner)
 
 # %% ../nbs/07_metrics.ipynb #880a2bd6
-def _parts(results, k, direction):
-    "Per direction: hits (C,), averaged over `results` (seeds) and depths, and queries (C,)."
+def _gains(r, k, direction, of):
+    "What each query adds: a hit or not, averaged over depths without `k`; or its AP@k."
+    if one_of(of, ('recall', 'map'), 'metric') == 'map':
+        return r.average_precision(10 if k is None else k, direction)
+    return np.mean([r.ranks(direction) < _depth(d) for d in (KS if k is None else (k,))], axis=0)
+
+def _parts(results, k, direction, of='recall'):
+    "Per direction: gains (C,) averaged over `results` (seeds), and queries (C,)."
     results = [results] if isinstance(results, Retrieval) else list(results)
-    ks, C, owner = KS if k is None else (k,), len(results[0].a2t_ranks), results[0].owner
+    if not results: raise CmlfError('no results: give a Retrieval or several')
+    C, owner = len(results[0].a2t_ranks), results[0].owner
     if any(not np.array_equal(r.owner, owner) for r in results):
         raise CmlfError('results of different test sets cannot be compared: score them on one')
     parts = []
     for d in DIRECTIONS if direction is None else (direction,):
-        hits = np.mean([r.ranks(d) < k for r in results for k in ks], axis=0)
+        gains = np.mean([_gains(r, k, d, of) for r in results], axis=0)
         clip = owner if d == 't2a' else np.arange(C)
-        parts.append((np.bincount(clip, hits, C), np.bincount(clip, minlength=C)))
+        parts.append((np.bincount(clip, gains, C), np.bincount(clip, minlength=C)))
     return parts
 
 # %% ../nbs/07_metrics.ipynb #1f7a4329
@@ -177,19 +306,21 @@ def _bootstrap(parts, draws, seed):
     return np.concatenate(values)
 
 def interval(result, # a Retrieval, or several (seeds) of one test set, averaged
-             k:int|None=None, # depth; None: the mean over 1, 5 and 10
+             k:int|None=None, # depth; None: the mean over 1, 5 and 10, of mAP 10
              direction:str|None=None, # 't2a' or 'a2t'; None: the mean of both
              level:float=95, # percent
              draws:int=2000, # bootstrap samples
-             seed:int=0) -> tuple:
-    "Percentile bootstrap interval (low, high) of a recall in percent, clustered by clip."
-    values = _bootstrap(_parts(result, k, direction), draws, seed)
+             seed:int=0,
+             of:str='recall', # or 'map'
+            ) -> tuple:
+    "Percentile bootstrap interval (low, high) of R@k or mAP@k in percent, clustered by clip."
+    values = _bootstrap(_parts(result, k, direction, of), draws, seed)
     return tuple(float(x) for x in np.percentile(values, [50 - level / 2, 50 + level / 2]))
 
 # %% ../nbs/07_metrics.ipynb #a6657388
 @dataclass(frozen=True)
 class Paired:
-    "Difference of two recalls in points, its 95 % interval, p of a sign-flip test over clips."
+    "Difference in points of R@k or mAP@k, its 95 % interval, p of a sign-flip test over clips."
     difference:float
     low:float
     high:float
@@ -204,14 +335,17 @@ class Paired:
 # %% ../nbs/07_metrics.ipynb #d1f5bbe2
 def paired_test(a, # a Retrieval, or several (seeds), averaged
                 b, # the same of the other model, on the same test set
-                k:int|None=None, # depth; None: the mean over 1, 5 and 10
+                k:int|None=None, # depth; None: the mean over 1, 5 and 10, of mAP 10
                 direction:str|None=None, # 't2a' or 'a2t'; None: the mean of both
                 draws:int=9999, # sign flips; the bootstrap takes as many
-                seed:int=0) -> Paired:
+                seed:int=0,
+                of:str='recall', # or 'map'
+               ) -> Paired:
     "Whether model `a` beats `b`: paired sign-flip permutation test, clustered by clip, two-sided."
     results = [[r] if isinstance(r, Retrieval) else list(r) for r in (a, b)]
-    _parts(sum(results, []), k, direction)  # one test set, or an error
-    parts = [(ha - hb, q) for (ha, q), (hb, _) in zip(*(_parts(r, k, direction) for r in results))]
+    _parts(sum(results, []), k, direction, of)  # one test set, or an error
+    a, b = (_parts(r, k, direction, of) for r in results)
+    parts = [(ga - gb, q) for (ga, q), (gb, _) in zip(a, b)]
     d = np.mean([100 * h / q.sum() for h, q in parts], axis=0)
     random, beyond = rng(seed, 'flips'), 0
     for n in _shares(draws, len(d)):
