@@ -104,7 +104,8 @@ def _mix(wave) -> np.ndarray:
     "Channels (frames, channels) averaged; where they cancel, the loudest alone."
     mix = wave.mean(1)
     power = _power(wave) if wave.shape[1] > 1 else np.zeros(1)
-    return wave[:, power.argmax()] if _cancel(power, _power(mix)) else mix
+    if not _cancel(power, _power(mix)): return mix
+    return wave[:, (power > .99 * power.max()).argmax()]
 
 # %% ../nbs/01_features.ipynb #2f334299
 def _load(path, seconds):
