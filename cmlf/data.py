@@ -21,8 +21,8 @@ import pandas as pd
 import soundfile as sf
 from fastcore.basics import patch
 
-from .core import (CmlfError, Progress, atomic_path, cache_folder, content_hash, file_hash, one_of,
-                       read_json, say, write_json)
+from .core import (CmlfError, Progress, atomic_path, cache_folder, content_hash, file_hash,
+                       one_of, read_json, say, write_json)
 from .features import N_FFT, SAMPLE_RATE, load_audio, probe_audio
 
 # %% ../nbs/02_data.ipynb #18770c0e
@@ -35,6 +35,7 @@ def clean_caption(text:str) -> str:
 # %% ../nbs/02_data.ipynb #a5f0daa8
 SPLITS = 'train', 'val', 'test'
 
+# %% ../nbs/02_data.ipynb #b6a8d333
 @dataclass(frozen=True)
 class Clip:
     "One piece of sound and every caption it was given."
@@ -94,6 +95,7 @@ def splits(self:Corpus) -> tuple:
     there = {c.split for c in self.clips}
     return tuple(s for s in SPLITS if s in there)
 
+# %% ../nbs/02_data.ipynb #6a9458ce
 def _part(corpus, clips, ledger, missing):
     "The same corpus with fewer clips; `tags` stay, so that tag matrices of parts line up."
     part = Corpus(corpus.name, clips, corpus.read, corpus.seconds, ledger, corpus.about, missing)
@@ -128,6 +130,7 @@ def _sound_key(source:str) -> str:
     stat = path.stat()
     return content_hash(source, stat.st_size, stat.st_mtime_ns)
 
+# %% ../nbs/02_data.ipynb #fcde0ea0
 @patch(as_prop=True)
 def keys(self:Corpus) -> list:
     "Key of each clip's sound: sha256 where the ledger has it, else recipe or path, size, time."
@@ -136,6 +139,7 @@ def keys(self:Corpus) -> list:
         self._keys = [sha.get(c.id) or _sound_key(c.source) for c in self.clips]
     return self._keys
 
+# %% ../nbs/02_data.ipynb #99c3731a
 @patch(as_prop=True)
 def hash(self:Corpus) -> str:
     "Content hash of clips, captions and sounds."
@@ -163,6 +167,7 @@ def _shared(clip, key) -> list:
     meaning = [('meaning', clip.meaning)] if clip.meaning else []
     return [*meaning, *(('caption', t) for t in clip.captions), ('sound', key)]
 
+# %% ../nbs/02_data.ipynb #4fe4f5ef
 @patch
 def groups(self:Corpus, by:str='meaning') -> np.ndarray: # 'meaning' or 'caption'
     "Labels (N,) int64, equal for clips linked by caption, meaning or sound; or by caption alone."
@@ -198,17 +203,19 @@ def pairs(self:Corpus, rng=None) -> tuple: # numpy Generator
 _SEPARATORS = {',': 'comma', '\t': 'tab', ';': 'semicolon'}
 
 def _text(path) -> str:
-    "A file as text; a byte that is not UTF-8 is told with its row."
+    "A file as text; a byte that is not UTF-8 is an error with its row."
     data = Path(path).read_bytes()
     try: return data.decode('utf-8-sig')
     except UnicodeDecodeError as e:
         row = data.count(b'\n', 0, e.start) + 1
         raise CmlfError(f'{path} row {row}: not UTF-8 text; save it as UTF-8') from None
 
+# %% ../nbs/02_data.ipynb #ee476abb
 def _separator(text) -> str:
     "What stands between the columns: the commonest of comma, tab and semicolon in the header."
     return max(_SEPARATORS, key=re.match(r'\s*([^\r\n]*)', text)[1].count)
 
+# %% ../nbs/02_data.ipynb #92333e8f
 def _csv_rows(path):
     "(row number, fields) of every line that is not blank."
     text, n = _text(path), 0
@@ -219,6 +226,7 @@ def _csv_rows(path):
     except csv.Error as e:
         raise CmlfError(f'{path} row {n + 1}: {e}; half-written, or a quote not closed') from None
 
+# %% ../nbs/02_data.ipynb #aa6f4031
 def _header(path) -> list:
     return [c.strip() for c in next(_csv_rows(path), (0, ()))[1]]
 
@@ -228,8 +236,9 @@ def _numbered(rows, most=10) -> str:
     more = f' and {len(rows) - most} more' if len(rows) > most else ''
     return f'row{"s" * (len(rows) > 1)} {", ".join(map(str, rows[:most]))}{more}'
 
+# %% ../nbs/02_data.ipynb #e4730c66
 def _misfit(path, wrong, columns, last) -> str:
-    "What is wrong with rows that have other fields than the header: all of them in one line."
+    "What is wrong with the rows that do not fit the header, in one line."
     few, many = ([n for n, k in wrong if (k > columns) == more] for more in (False, True))
     sign = _SEPARATORS[_separator(_text(path))]
     why = (['the file is half-written'] * (few == [last])
@@ -239,6 +248,7 @@ def _misfit(path, wrong, columns, last) -> str:
     return (f'{path} {_numbered([n for n, _ in wrong])}: {counts} fields where the header has '
             f'{columns}; {" or ".join(why)}: put the caption in double quotes')
 
+# %% ../nbs/02_data.ipynb #0b87eacb
 def _csv_table(path) -> list:
     "('FILE row N', {column: field}) of every row."
     rows, table, wrong, n = _csv_rows(path), [], [], 0
@@ -246,8 +256,8 @@ def _csv_table(path) -> list:
     if not columns: raise CmlfError(f'{path}: empty; download it again')
     if len(set(columns)) < len(columns): raise CmlfError(f'{path} row 1: two columns of one name')
     for n, fields in rows:
-        if len(fields) == len(columns): table.append((f'{path} row {n}', dict(zip(columns, fields))))
-        else: wrong.append((n, len(fields)))
+        if len(fields) != len(columns): wrong.append((n, len(fields)))
+        else: table.append((f'{path} row {n}', dict(zip(columns, fields))))
     if wrong: raise CmlfError(_misfit(path, wrong, len(columns), n))
     return table
 
@@ -259,6 +269,7 @@ def _pyarrow(path):
         raise CmlfError(f"{path}: parquet needs pyarrow; pip install 'cmlf[data]'") from None
     return pq
 
+# %% ../nbs/02_data.ipynb #d4084946
 def _parquet_table(path) -> list:
     "('FILE row N', {column: value}) of every row."
     _pyarrow(path)
@@ -270,17 +281,18 @@ def _parquet_table(path) -> list:
 # %% ../nbs/02_data.ipynb #12072fce
 def _spread(row) -> dict:
     "A row whose caption is a list, with caption_1, caption_2, ... instead."
-    told = next((row[k] for k in ('caption', 'captions', 'text') if k in row), None)
-    if not isinstance(told, (list, tuple, np.ndarray)): return row
+    texts = next((row[k] for k in ('caption', 'captions', 'text') if k in row), None)
+    if not isinstance(texts, (list, tuple, np.ndarray)): return row
     rest = {k: v for k, v in row.items() if k not in ('caption', 'captions', 'text')}
-    return rest | {f'caption_{i}': t for i, t in enumerate(told, 1)}
+    return rest | {f'caption_{i}': t for i, t in enumerate(texts, 1)}
 
+# %% ../nbs/02_data.ipynb #ebfa388d
 def _object(text, where) -> dict:
     "The JSON object in a text."
     try: found = json.loads(text)
     except ValueError as e: raise CmlfError(f'{where}: not JSON ({e}); half-written?') from None
     if isinstance(found, dict): return found
-    raise CmlfError(f'{where}: {str(found):.40} is no JSON object; write {{"file_name": ...}}')
+    raise CmlfError(f'{where}: {found!r:.40} is no JSON object {{"key": value, ...}}')
 
 def _jsonl_table(path) -> list:
     "('FILE row N', {key: value}) of every line that is not blank."
@@ -337,6 +349,7 @@ def _filled(value, where, column) -> str:
         raise CmlfError(f'{where}: {column} has broken characters; download the file again')
     return value
 
+# %% ../nbs/02_data.ipynb #a9409ffc
 def _caption(value, where, column='caption') -> str:
     "`value` if a person could have said it."
     if any(ch.isalpha() for ch in _filled(value, where, column)): return value
@@ -409,6 +422,7 @@ def _name_segments(entries) -> list:
         if several[e.id] > 1: e.id = f'{e.id}_{e.start}'
     return entries
 
+# %% ../nbs/02_data.ipynb #677e0610
 def _official_entries(tables:dict) -> list:
     "Entries of AudioCaps' official csv files: one row, one caption."
     clips, seen = {}, {}
@@ -434,13 +448,14 @@ _USUAL = dict(path=('path', 'file_name', 'audio'), caption=('caption', 'captions
 
 def _usual(row) -> dict:
     "A row with its file as `path` and its text as `caption`, whatever the table calls them."
-    if not any(c.startswith('caption_') for c in row): row = _called(row, 'caption')
-    return _called(row, 'path')
+    if not any(c.startswith('caption_') for c in row): row = _renamed(row, 'caption')
+    return _renamed(row, 'path')
 
-def _called(row, name) -> dict:
+def _renamed(row, name) -> dict:
     has = next((c for c in _USUAL[name] if c in row), name)
     return row if has == name else {name if c == has else c: v for c, v in row.items()}
 
+# %% ../nbs/02_data.ipynb #8bf5f58c
 def _split_of(row, where, name) -> tuple:
     "(split, whether it is by hash) of a row."
     if 'split' not in row: return hash_split(name), True
@@ -453,10 +468,11 @@ def _more(row) -> dict:
     "id, meaning, tags and credit, where a row has them."
     extra = [k for k in ('id', 'meaning', 'tags', 'credit') if not _is_blank(row.get(k))]
     text = lambda v: ';'.join(v) if np.ndim(v) else str(v).strip()  # parquet may hold lists
-    told = {k: text(row[k]) for k in extra}
-    if 'tags' in told: told['tags'] = tuple(filter(None, map(str.strip, told['tags'].split(';'))))
-    return told
+    more = {k: text(row[k]) for k in extra}
+    if 'tags' in more: more['tags'] = tuple(filter(None, map(str.strip, more['tags'].split(';'))))
+    return more
 
+# %% ../nbs/02_data.ipynb #55c77f0b
 def _manifest_entry(row, where) -> Entry:
     "One row of a manifest as an entry of its own."
     path = _filled(row.get('path'), where, 'path').strip().replace('\\', '/')
@@ -478,6 +494,7 @@ def _merged(rows) -> list: # ('FILE row N', row) with path and caption, or capti
             clips[new.path] = new
     return list(clips.values())
 
+# %% ../nbs/02_data.ipynb #ddc28f6d
 def _manifest_entries(tables:dict) -> list:
     "Entries of a manifest."
     table = [(where, _usual(row)) for where, row in read_table(tables['all'])]
@@ -491,8 +508,8 @@ def _named_split(path:str) -> str: # relative to the corpus, with /
     "The split that a file's folders, or else words of its name, speak for; '' if none or two."
     *folders, name = path.lower().split('/')
     for words in (folders[::-1], re.split(r'[^a-z]+', name)):
-        said = [_SPLIT_WORDS[w] for w in words if w in _SPLIT_WORDS]
-        if len(set(said)) == 1: return said[0]
+        found = [_SPLIT_WORDS[w] for w in words if w in _SPLIT_WORDS]
+        if len(set(found)) == 1: return found[0]
     return ''
 
 # %% ../nbs/02_data.ipynb #e6c70a54
@@ -521,6 +538,7 @@ def _json_entry(row, where, table) -> Entry:
         _named_split(table), False)
     return Entry(id, split[0], _captions(row, where), where, names, guessed=split[1])
 
+# %% ../nbs/02_data.ipynb #f08ca8e4
 def _json_entries(tables:dict) -> list: # {path of a table within the corpus: table}
     "Entries of WavCaps' JSON files."
     entries, seen = [], {}
@@ -544,8 +562,8 @@ def _folder_entries(tables:dict) -> list: # {path of a table within the corpus: 
         for where, row in read_table(file, ['file_name']):
             path = posixpath.join(posixpath.dirname(name), str(row['file_name']))
             split = _named_split(posixpath.dirname(path) + '/') or above
-            told = {'split': split} if split and 'split' not in row else {}
-            rows.append((where, _usual(row | told | {'file_name': path})))
+            more = {'split': split} if split and 'split' not in row else {}
+            rows.append((where, _usual(row | more | {'file_name': path})))
     return _merged(rows)
 
 # %% ../nbs/02_data.ipynb #d50a7917
@@ -555,22 +573,25 @@ def _schema(path):
     except (OSError, ValueError) as e:
         raise CmlfError(f'{path}: not parquet ({e}); write it again') from None
 
+# %% ../nbs/02_data.ipynb #e0128184
 def _sound_column(path) -> str:
     "The column of a parquet file that holds sound, {bytes, path} or bytes called audio; else ''."
     from pyarrow import types
     for f in _schema(path):
         if types.is_struct(f.type) and f.type.get_field_index('bytes') >= 0: return f.name
-        if f.name == 'audio' and (types.is_binary(f.type) or types.is_large_binary(f.type)): return f.name
+        bare = types.is_binary(f.type) or types.is_large_binary(f.type)
+        if f.name == 'audio' and bare: return f.name
     return ''
 
 # %% ../nbs/02_data.ipynb #8c03a1de
-_TOLD = re.compile('(caption|captions|text|caption_[0-9]+|split|id|meaning|tags|credit|file_name|'
-                   'youtube_id|start_time)')
+_TEXT_COLUMNS = re.compile('caption|captions|text|caption_[0-9]+|split|id|meaning|tags|credit|'
+                           'file_name|youtube_id|start_time')
 
-def _told_rows(path) -> list:
-    "[('FILE row N', {column: value})] of a parquet file without its sound, whose name is `file_name`."
+# %% ../nbs/02_data.ipynb #6a5b4ef3
+def _caption_rows(path) -> list:
+    "[('FILE row N', {column: value})] of a parquet file without its sound; `path` is its name."
     sound, schema = _sound_column(path), _schema(path)
-    columns = [c for c in schema.names if _TOLD.fullmatch(c) and c != sound]
+    columns = [c for c in schema.names if _TEXT_COLUMNS.fullmatch(c) and c != sound]
     if not any(c.startswith(('caption', 'text')) for c in columns):
         raise CmlfError(f'{path}: no column caption or text; it has {", ".join(schema.names)}')
     kind = schema.field(sound).type
@@ -597,7 +618,7 @@ def _sound_entry(row, where, named, youtube) -> Entry:
 # %% ../nbs/02_data.ipynb #033cdb8e
 def _sound_entries(tables:dict) -> list: # {path of a table within the corpus: table}
     "Entries of parquet files that hold the sound."
-    rows = [(n, f, i, *r) for n, f in tables.items() for i, r in enumerate(_told_rows(f))]
+    rows = [(n, f, i, *r) for n, f in tables.items() for i, r in enumerate(_caption_rows(f))]
     youtube = all(re.fullmatch('Y' + _ID, row['path']) for *_, row in rows)
     clips = {}
     for name, file, i, where, row in rows:
@@ -609,12 +630,14 @@ def _sound_entries(tables:dict) -> list: # {path of a table within the corpus: t
         else: clips[key] = new
     return _name_segments(_name_splits(clips.values()))
 
+# %% ../nbs/02_data.ipynb #3e2f8a7e
 def _lacking(tables) -> str:
     "'2 of 4 files of data/train', where names such as train-00000-of-00004 tell of more files."
     named = [re.fullmatch(r'(.*)-\d+-of-(\d+)\.parquet', name) for name in tables]
     parts = Counter((m[1], int(m[2])) for m in named if m)
     return ', '.join(f'{k} of {n} files of {name}' for (name, n), k in parts.items() if k < n)
 
+# %% ../nbs/02_data.ipynb #e13d72d2
 def _name_splits(entries) -> list:
     "Put the split before all ids where one of them stands in two splits."
     entries = list(entries)
@@ -652,6 +675,7 @@ def _sound_folder(folder):
 def _folders(path, homes) -> list:
     return [f for h in homes for f in (sorted(path.glob(h)) if '*' in h else [path/h])]
 
+# %% ../nbs/02_data.ipynb #bb6478de
 def _find_csv(path, homes, table, column, splits=_SAME) -> list:
     "Every place below `path` with tables called `table`, {} being the split, that have `column`."
     hits = []
@@ -670,6 +694,7 @@ def _within(path, files) -> list:
 def _globbed(path, *patterns) -> list:
     return list(dict.fromkeys(f for p in patterns for f in sorted(path.glob(p)) if f.is_file()))
 
+# %% ../nbs/02_data.ipynb #6c1c04be
 def _split_folders(path) -> list:
     "The folder itself, data/ in it, and folders in both that are called as a split."
     homes = [path, path/'data', path/'default']
@@ -690,6 +715,7 @@ def _holds_sound(file) -> bool:
     try: return bool(_sound_column(file))
     except CmlfError: return False
 
+# %% ../nbs/02_data.ipynb #9a31f702
 def _names_files(file) -> bool:
     "Whether a table of metadata has the column file_name."
     if file.suffix == '.parquet': return 'file_name' in _schema(file).names
@@ -700,11 +726,12 @@ def _find_audiofolder(path) -> list:
     files = [f for h in _split_folders(path) for f in _globbed(h, *names)] if path.is_dir() else []
     return _within(path, list(filter(_names_files, files)))
 
+# %% ../nbs/02_data.ipynb #35da095d
 def _find_parquet(path) -> list:
     if path.is_file(): return _within(path, list(filter(_holds_sound, [path])))
     files = [f for h in _split_folders(path) for f in _globbed(h, '*.parquet')]
     if found := list(filter(_holds_sound, files)):
-        for f in files: _schema(f)  # a file that is broken is told, not left out
+        for f in files: _schema(f)  # a broken file is an error, and is not left out
     return _within(path, found)
 
 # %% ../nbs/02_data.ipynb #5822ecbc
@@ -714,6 +741,7 @@ def _looks_like_wavcaps(file) -> bool:
     return '"caption' in head and bool(
         re.match(r'\s*\{[^{}\[\]]*"data"\s*:\s*\[\s*\{', head))
 
+# %% ../nbs/02_data.ipynb #b457a57b
 def _find_json(path) -> list:
     if path.is_file(): files = [path] if path.suffix.lower() == '.json' else []
     else: files = _globbed(path, *(f'{h}{g}' for h in ('', 'json_files/', 'WavCaps/json_files/')
@@ -758,6 +786,7 @@ def _columns(file) -> str:
     except CmlfError as e: return f'({e})'
     return 'with columns ' + ', '.join(has)
 
+# %% ../nbs/02_data.ipynb #a58ab590
 def _json_form(found) -> str:
     "What a JSON value is, for a message."
     if isinstance(found, list):
@@ -781,6 +810,7 @@ def _found(path) -> str:
     counted = ', '.join(f'{n} {k}' for k, n in kinds.most_common(6)) or 'nothing'
     return '; '.join([f'a folder with {counted}', *(f'{f.name} {_columns(f)}' for f in tables[:3])])
 
+# %% ../nbs/02_data.ipynb #fa8f10a9
 def recognise(path, # folder or file
               layout=None, # a name from `LAYOUTS`; None: find out
              ) -> tuple:
@@ -803,6 +833,7 @@ _VIDEO = re.compile(f'Y?{_ID}(?:_([0-9]+(?:[.][0-9]*)?))(?:_[0-9.]+)?')  # id, s
 def _is_sound(name:str) -> bool:
     return os.path.splitext(name)[1].lower() in _EXTENSIONS and not name.startswith('.')
 
+# %% ../nbs/02_data.ipynb #0c384fd9
 def _index_sound(folder) -> dict:
     "{name without extension, or YouTube id: [files]} of all below; links are followed once."
     index, seen = defaultdict(list), set()
@@ -823,13 +854,15 @@ def _folder_split(file, top, folders):
         said = {folders[w] for w in re.split(r'[^a-z]+', part.lower()) if w in folders}
         if len(said) == 1: return said.pop()
 
+# %% ../nbs/02_data.ipynb #535b29ec
 def _starts_right(file, entry) -> bool:
     "Whether the start time in a file's name, if any, is the entry's, in seconds or milliseconds."
     stem = _stem(file.name)
     if video := _VIDEO.fullmatch(stem):
         return not entry.start or float(video[2]) in (float(entry.start), 1000 * float(entry.start))
     # of several segments, a file without a start is nobody's
-    return entry.id == entry.names[0] or stem.removeprefix('Y') != entry.names[0] or not entry.start
+    one = entry.id == entry.names[0] or not entry.start
+    return one or stem not in (entry.names[0], f'Y{entry.names[0]}')
 
 def _best_first(file): return _EXTENSIONS.index(file.suffix.lower()), str(file)
 
@@ -857,6 +890,7 @@ def _keep_sound(folder, sound) -> str:
         with atomic_path(folder/name) as tmp: tmp.write_bytes(data)
     return name
 
+# %% ../nbs/02_data.ipynb #954dd816
 def _sounds_in(file):
     "The sound of every row of a parquet file, {bytes, path} or bytes."
     parquet, column = _pyarrow(file).ParquetFile(file, buffer_size=2**20), _sound_column(file)
@@ -864,6 +898,7 @@ def _sounds_in(file):
         for row in parquet.iter_batches(1, row_groups=[group], columns=[column], use_threads=False):
             yield row.column(0)[0].as_py()
 
+# %% ../nbs/02_data.ipynb #345a2027
 def _copy_out(file, folder) -> list:
     "Write the sound of every row of a parquet file below `folder`; their names."
     names = []
@@ -893,6 +928,7 @@ def _unpack(file, folder) -> list:
     write_json(index, names := _copy_out(file, folder))
     return names
 
+# %% ../nbs/02_data.ipynb #bc48844c
 def _one_sound(entry, sounds, folder):
     "(file or None, remark) of an entry; its rows must hold the same sound."
     names = [sounds[file][row] for file, row in entry.inside]
@@ -902,6 +938,7 @@ def _one_sound(entry, sounds, folder):
                             f'{entry.where}; tell them apart in a column id')
     return (folder/names[0], '') if names[0] else (None, 'no sound in its row')
 
+# %% ../nbs/02_data.ipynb #3731fe04
 def _locate_inside(entries) -> list:
     "(file or None, remark) of entries whose tables hold the sound."
     folder = cache_folder()/'sounds'
@@ -972,6 +1009,7 @@ def _note_twins(ledger):
 # %% ../nbs/02_data.ipynb #e121bc62
 _NO_FILE = dict(bytes=0, seconds=0.0, rate=0, sha256='')
 
+# %% ../nbs/02_data.ipynb #3a114135
 def make_ledger(entries, # what the tables tell
                 located, # (file or None, remark) of each
                 seconds:float, # length the clips are padded or cut to
@@ -1004,7 +1042,8 @@ def _locate_all(entries, top, folders) -> list:
     return found
 
 # %% ../nbs/02_data.ipynb #60aa4a39
-_REMARKS = {'silent': 'silent', 'clipped': 'clipped', 'channels cancel': 'with channels that cancel',
+_REMARKS = {'silent': 'silent', 'clipped': 'clipped',
+            'channels cancel': 'with channels that cancel',
             'same bytes as': 'with the bytes of a clip of another split'}
 
 def _summary(ledger) -> str:
@@ -1012,8 +1051,8 @@ def _summary(ledger) -> str:
     per_split = ledger.groupby('split', sort=False).used
     there = ', '.join(f'{u.sum()} of {len(u)} {s} clips' for s, u in per_split)
     why = [f'{n} {s}' for s, n in ledger.status[ledger.status != 'present'].value_counts().items()]
-    said = [(ledger.reason.str.contains(word).sum(), told) for word, told in _REMARKS.items()]
-    return _join(there, *why, *(f'{n} {told}' for n, told in said if n))
+    counts = [(ledger.reason.str.contains(word).sum(), what) for word, what in _REMARKS.items()]
+    return _join(there, *why, *(f'{n} {what}' for n, what in counts if n))
 
 # %% ../nbs/02_data.ipynb #52d67252
 def _clip_of(entry, source='') -> Clip:
@@ -1022,6 +1061,7 @@ def _clip_of(entry, source='') -> Clip:
     return Clip(entry.id, entry.split, cleaned, tuple(entry.raw), source or f'no sound {entry.id}',
                 where=entry.where, **entry.more)
 
+# %% ../nbs/02_data.ipynb #00c283ed
 def _read_file(clip, seconds):
     "The waveform of a clip, whose file was readable when the corpus was loaded."
     try: return load_audio(clip.source, seconds)
@@ -1039,6 +1079,13 @@ def _corpus_name(layout, path, entries) -> str:
     if all(e.names and re.fullmatch('Y' + _ID, e.names[0]) for e in entries): return 'audiocaps'
     return (path.parent if path.name in _TABLE_FOLDERS or path.is_file() else path).name.lower()
 
+def _caveats(entries, tables) -> list:
+    "What was guessed, and which tables are missing, for people."
+    lacking = _lacking(tables)
+    guessed = any(e.guessed for e in entries)
+    return ['split 80/10/10 by hash of path'] * guessed + [f'only {lacking}'] * bool(lacking)
+
+# %% ../nbs/02_data.ipynb #d6eff182
 def _keep(ledger, file, top):
     "Write the ledger and say what is in it; a corpus without one usable sound is refused."
     with atomic_path(file) as tmp: ledger.to_csv(tmp, index=False)
@@ -1058,10 +1105,7 @@ def load_corpus(path, # folder of a corpus, or a manifest
     kind, tables, top = recognise(path, layout)
     entries = kind.entries(tables)
     name = _corpus_name(kind, path, entries)
-    guessed = any(e.guessed for e in entries)
-    lacking = _lacking(tables)
-    about = (f'{name}, layout {kind.name}' + ', split 80/10/10 by hash of path' * guessed
-             + f', only {lacking}' * bool(lacking))
+    about = ', '.join(filter(None, (f'{name}, layout {kind.name}', *_caveats(entries, tables))))
     if audio is False:
         say(f'{path}: {about}')
         return Corpus(name, map(_clip_of, entries), _read_nothing, seconds, about=about)
@@ -1075,7 +1119,8 @@ def load_corpus(path, # folder of a corpus, or a manifest
     used = list(ledger.used)
     clips = [_clip_of(e, p) for e, p, u in zip(entries, ledger.path, used) if u]
     missing = [_clip_of(e) for e, u in zip(entries, used) if not u]
-    return Corpus(name, clips, partial(_read_file, seconds=seconds), seconds, ledger, about, missing)
+    read = partial(_read_file, seconds=seconds)
+    return Corpus(name, clips, read, seconds, ledger, about, missing)
 
 # %% ../nbs/02_data.ipynb #803957a1
 @patch(as_prop=True)
@@ -1099,6 +1144,7 @@ def _pool_of(score) -> dict:
     if isinstance(pool, dict) and {'hash', 'coverage'} <= set(pool): return pool
     raise CmlfError(f'a score carries no pool: {score!r:.60}; store Corpus.pool with it')
 
+# %% ../nbs/02_data.ipynb #c646b91b
 def same_pool(*scores # each a `Corpus.pool`, or a dict or object that has one as `pool`
              ) -> dict:
     "The pool that all scores were measured on; `CmlfError` if there are two, or none."
@@ -1112,6 +1158,7 @@ def same_pool(*scores # each a `Corpus.pool`, or a dict or object that has one a
 _RIGHT = dict(caption=('caption', 'query'),
               clip=('file_name', 'path', 'clip', 'id', 'audio_filenames'))
 
+# %% ../nbs/02_data.ipynb #ca066bcf
 def _right_pairs(path) -> list:
     "[('FILE row N', caption, clip)] of a table of right pairs, or of JSON {caption: [clip, ...]}."
     if path.suffix.lower() == '.json':
@@ -1125,6 +1172,7 @@ def _right_pairs(path) -> list:
     return [(w, row[has['caption']], c) for w, row in table
             for c in _listed(row[has['clip']], w, has['clip'])]
 
+# %% ../nbs/02_data.ipynb #7e4bf48e
 def _listed(value, where, column) -> list:
     "The file names of a cell, which in audio_filenames is a list as Python writes it."
     if column != 'audio_filenames': return [_word(value)]
@@ -1134,23 +1182,25 @@ def _listed(value, where, column) -> list:
     raise CmlfError(f"{where}: audio_filenames is {value!r:.60}; write ['a.wav', 'b.wav']")
 
 # %% ../nbs/02_data.ipynb #dc3d658e
-def _calls(clip) -> set:
-    "What a table may call a clip: its id or file, with or without folder, extension, or YouTube's Y."
-    texts = [clip.id] + [clip.source] * (clip.source.startswith(os.sep))
+def _names_of(clip) -> set:
+    "What a table may call a clip: its id or file, with folder and extension or without."
+    texts = [clip.id] + [clip.source] * Path(clip.source).is_absolute()
     names = {n for t in texts for n in (t, Path(t).name, _stem(t))}
     names |= {html.unescape(n) for n in names} | {n.strip() for n in names}
     return names | {'Y' + n for n in names if re.fullmatch(_ID, n)}
 
-def _called_clips(corpus) -> dict:
+# %% ../nbs/02_data.ipynb #a15fd538
+def _clips_by_name(corpus) -> dict:
     "{name: places of the clips that may be meant}; -1 is a clip that has no sound here."
     called = defaultdict(set)
     for clip in corpus.missing:
-        for name in _calls(clip): called[name].add(-1)
+        for name in _names_of(clip): called[name].add(-1)
     for i, clip in enumerate(corpus.clips):
-        for name in _calls(clip): called[name].add(i)
+        for name in _names_of(clip): called[name].add(i)
     return called
 
-def _meant(name, called, where, corpus) -> int:
+# %% ../nbs/02_data.ipynb #0461a604
+def _clip_named(name, called, where, corpus) -> int:
     "The place of the clip that a table calls `name`."
     if not isinstance(name, str): raise CmlfError(f'{where}: clip {name!r} is not text')
     for n in (name, html.unescape(name), Path(name).name, _stem(name), _stem(html.unescape(name))):
@@ -1165,11 +1215,11 @@ def read_relevance(path, # csv, jsonl, parquet or json
     "For each of `corpus.captions` the set of its clips that are right, its own among them."
     path = Path(path).expanduser()
     if not path.is_file(): raise CmlfError(f'{path}: no such file of right pairs')
-    right, at, called = [{int(i)} for i in corpus.owner], defaultdict(list), _called_clips(corpus)
+    right, at, called = [{int(i)} for i in corpus.owner], defaultdict(list), _clips_by_name(corpus)
     for k, text in enumerate(corpus.captions): at[text].append(k)
     absent = {t for c in corpus.missing for t in c.captions}
     for where, text, name in _right_pairs(path):
-        clip, text = _meant(name, called, where, corpus), clean_caption(_caption(text, where))
+        clip, text = _clip_named(name, called, where, corpus), clean_caption(_caption(text, where))
         if text not in at and text not in absent:
             raise CmlfError(f'{where}: {corpus.name} has no caption {text!r:.60}; '
                             'remove it or load its split')
@@ -1188,6 +1238,7 @@ def _split_row(corpus, name) -> dict:
                 distinct=len(set(captions)), mean_words=round(np.mean(words), 1),
                 most_words=max(words))
 
+# %% ../nbs/02_data.ipynb #ca987a83
 @patch
 def describe(self:Corpus) -> pd.DataFrame:
     "Clips, missing clips, captions and words of each split."
@@ -1204,6 +1255,7 @@ def safe_name(text:str) -> str:
     if name and name == text and not _DEVICES.fullmatch(name): return name
     return '-'.join(filter(None, (name.strip('._'), content_hash(text, length=8))))
 
+# %% ../nbs/02_data.ipynb #846d15d3
 def _file_names(ids) -> list:
     "Names without extension for the sounds of clips with these ids."
     plain = [os.path.splitext(i) for i in ids]
@@ -1213,22 +1265,23 @@ def _file_names(ids) -> list:
             for n, i in zip(names, ids)]
 
 # %% ../nbs/02_data.ipynb #9652af3c
-def _put(path, write):
+def _write_once(path, write):
     "Let `write` write a file; one that is there may not be another."
     with atomic_path(path) as tmp:
         write(tmp)
         if path.exists() and (not path.is_file() or file_hash(path) != file_hash(tmp)):
             raise CmlfError(f'{path}: there already, and another; give a new folder')
 
+# %% ../nbs/02_data.ipynb #22f83279
 def _manifest_rows(corpus, names) -> list:
     "The header and rows of a manifest of a corpus whose sounds are called `names`."
     most = max(len(c.captions) for c in corpus.clips)
     extra = [k for k in ('meaning', 'tags', 'credit') if any(getattr(c, k) for c in corpus.clips)]
     rows = [['path', 'id', 'split', *(f'caption_{k + 1}' for k in range(most)), *extra]]
     for name, c in zip(names, corpus.clips):
-        told = [r if clean_caption(r) == t else t for r, t in zip(c.raw, c.captions)]
+        texts = [r if clean_caption(r) == t else t for r, t in zip(c.raw, c.captions)]
         more = [';'.join(c.tags) if k == 'tags' else getattr(c, k) for k in extra]
-        rows.append([f'{name}.wav', c.id, c.split, *told, *[''] * (most - len(told)), *more])
+        rows.append([f'{name}.wav', c.id, c.split, *texts, *[''] * (most - len(texts)), *more])
     return rows
 
 # %% ../nbs/02_data.ipynb #63c0b231
@@ -1239,10 +1292,10 @@ def write_corpus(corpus, # a `Corpus` with sound
     out, names = Path(out).expanduser().absolute(), _file_names([c.id for c in corpus.clips])
     with Progress(len(corpus), f'writing {corpus.name}') as bar:
         for i, name in enumerate(names):
-            wave = corpus.waveform(i)
-            _put(out/f'{name}.wav', lambda tmp: sf.write(tmp, wave, SAMPLE_RATE, format='WAV'))
+            sound = corpus.waveform(i), SAMPLE_RATE
+            _write_once(out/f'{name}.wav', lambda tmp: sf.write(tmp, *sound, format='WAV'))
             bar.step()
     text = io.StringIO(newline='')
     csv.writer(text).writerows(_manifest_rows(corpus, names))
-    _put(out/'manifest.csv', lambda tmp: tmp.write_bytes(text.getvalue().encode()))
+    _write_once(out/'manifest.csv', lambda tmp: tmp.write_bytes(text.getvalue().encode()))
     return out/'manifest.csv'

@@ -52,9 +52,10 @@ _MISSING = re.compile(
 
 def _promised(f) -> int:
     "Frames that the header of an open sound file promises, be they there or not."
-    said, there = map(int, told.groups() if (told := _MISSING.search(f.extra_info)) else (0, 0))
-    if not there or said >= _PIPED: return f.frames
-    promised = f.frames * said // there
+    found = _MISSING.search(f.extra_info)
+    declared, there = map(int, found.groups()) if found else (0, 0)
+    if not there or declared >= _PIPED: return f.frames
+    promised = f.frames * declared // there
     # writers miscount by a few bytes; a twentieth of a second is more than that
     return promised if promised > f.frames + .05 * f.samplerate else f.frames
 
