@@ -403,7 +403,7 @@ def _named_entries(tables:dict) -> list:
 # %% ../nbs/02_data.ipynb #4db0cf3f
 def _word(value) -> str:
     "A cell as text; whole numbers lose what a table program may have appended."
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+    return '' if value is None else str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 def _official_entry(row, where, split) -> Entry:
     "One row of AudioCaps' official csv as an entry of its own."
@@ -530,7 +530,7 @@ def _source(path) -> str:
 # %% ../nbs/02_data.ipynb #61b8dbac
 def _json_entry(row, where, table) -> Entry:
     "One object of WavCaps' JSON."
-    id = _stem(_filled(_word(row.get('id', '')), where, 'id'))
+    id = _stem(_filled(_word(row.get('id')), where, 'id'))
     audio = row.get('audio')  # published files have the words wav_path there
     files = [id, _stem(audio)] if isinstance(audio, str) and audio != 'wav_path' else [id]
     names = tuple(dict.fromkeys(n for f in files for n in (f, html.unescape(f), f.strip())))
@@ -560,7 +560,8 @@ def _folder_entries(tables:dict) -> list: # {path of a table within the corpus: 
         # a table at the top may be that of train/, given by itself
         above = _SPLIT_WORDS.get(file.parent.name.lower(), '') if '/' not in name else ''
         for where, row in read_table(file, ['file_name']):
-            path = posixpath.join(posixpath.dirname(name), str(row['file_name']))
+            path = _filled(row.get('file_name'), where, 'file_name').strip()
+            path = posixpath.join(posixpath.dirname(name), path)
             split = _named_split(posixpath.dirname(path) + '/') or above
             more = {'split': split} if split and 'split' not in row else {}
             rows.append((where, _usual(row | more | {'file_name': path})))
@@ -576,8 +577,9 @@ def _schema(path):
 # %% ../nbs/02_data.ipynb #e0128184
 def _sound_column(path) -> str:
     "The column of a parquet file that holds sound, {bytes, path} or bytes called audio; else ''."
+    schema = _schema(path)  # says so where there is no pyarrow
     from pyarrow import types
-    for f in _schema(path):
+    for f in schema:
         if types.is_struct(f.type) and f.type.get_field_index('bytes') >= 0: return f.name
         bare = types.is_binary(f.type) or types.is_large_binary(f.type)
         if f.name == 'audio' and bare: return f.name
@@ -1175,9 +1177,10 @@ def _right_pairs(path) -> list:
 # %% ../nbs/02_data.ipynb #7e4bf48e
 def _listed(value, where, column) -> list:
     "The file names of a cell, which in audio_filenames is a list as Python writes it."
+    if isinstance(value, (list, tuple, np.ndarray)): return list(value)
     if column != 'audio_filenames': return [_word(value)]
     try: found = ast.literal_eval(value)
-    except (ValueError, SyntaxError): found = None
+    except (ValueError, SyntaxError, MemoryError, RecursionError): found = None
     if isinstance(found, list): return found
     raise CmlfError(f"{where}: audio_filenames is {value!r:.60}; write ['a.wav', 'b.wav']")
 

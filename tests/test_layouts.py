@@ -1,5 +1,5 @@
 "Corpora as people have them today, on files of that form; sound that breaks; what is written out and read back."
-import io, json, os, re, time
+import io, json, os, re, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +144,7 @@ def test_bad_wavcaps(tmp_path):
     told = lambda text: refusal(load_corpus, write(tmp_path/'x.json', text), .5)
     assert 'x.json row 2: caption is empty' in told('{"data": [{"id": "1", "caption": "Rain"}, {"id": "2", "caption": " "}]}')
     assert "x.json row 2: id '1' was already in" in told('{"data": [{"id": "1", "caption": "Rain"}, {"id": "1.wav", "caption": "Rain"}]}')
-    assert 'x.json row 1: id is empty' in told('{"data": [{"caption": "Rain"}]}')
+    for id in ('', '"id": null, ', '"id": "", '): assert 'x.json row 1: id is empty' in told(f'{{"data": [{{{id}"caption": "Rain"}}]}}')
     assert 'not JSON' in told('{"data": [{"id": "1", "caption": "Rain"}, {"id"')
     assert 'a JSON list of 1 object with keys path, caption' in told('[{"path": "a.wav", "caption": "Rain"}]')
     assert 'a JSON list of 2 objects with keys wav' in told('[{"wav": 1}, {"wav": 2}]')
@@ -289,6 +289,15 @@ def test_bad_parquet_with_sound(tmp_path):
     assert c.ledger.status.tolist() == ['missing', 'present', 'unreadable'] and c.ledger.reason[0] == 'no sound in its row'
 
 
+def test_without_pyarrow_it_is_named(tmp_path, monkeypatch):
+    file = hub(tmp_path/'hf'/'data'/'train-0.parquet', audio=[(encoded(300), 'a.wav')], caption=['Rain'])
+    write(tmp_path/'hf'/'metadata.csv', 'file_name,text\na.wav,Rain\n')  # needs none
+    for name in ('pyarrow', 'pyarrow.parquet'): monkeypatch.setitem(sys.modules, name, None)
+    assert "parquet needs pyarrow; pip install 'cmlf[data]'" in refusal(load_corpus, file, .5)
+    assert "parquet needs pyarrow; pip install 'cmlf[data]'" in refusal(recognise, file.parent)
+    assert recognise(tmp_path/'hf')[0].name == 'audiofolder'
+
+
 def test_one_sound_in_two_rows_is_one_group(tmp_path):
     c = load_corpus(hub(tmp_path/'t.parquet', id=[1, 2, 3], audio=[(encoded(300), 'a.wav'), (encoded(400), 'b.wav'), (encoded(300), 'c.wav')],
                         caption=['Rain', 'Wind', 'Hail'], split=['train'] * 3), .5)
@@ -331,6 +340,7 @@ def test_bad_audiofolder(tmp_path):
     assert 'metadata.jsonl row 2: not JSON' in told('{"file_name": "a.wav", "text": "Rain"}\n{"file_name": "b.wa')
     assert 'metadata.jsonl row 2: ' in told('{"file_name": "a.wav", "text": "Rain"}\n["b.wav"]\n')
     assert 'none of 1 clips has usable sound, e.g. a.wav: no such file' in told('{"file_name": "a.wav", "text": "Rain"}\n')
+    assert 'metadata.jsonl row 2: file_name is None, not text' in told('{"file_name": "a.wav", "text": "Rain"}\n{"text": "Wind"}\n')
     assert 'caption is 3, not text' in told('{"file_name": "a.wav", "text": 3}\n')
 
 
@@ -532,6 +542,8 @@ def test_right_pairs_in_every_form(tmp_path):
              'query,audio_filenames': ["A door,\"['Wind.wav', 'Door.wav']\"", "A brook,\"[' Rain.wav', 'Door.wav']\""]}
     for head, rows in forms.items():
         assert read_relevance(write(tmp_path/'right.csv', '\n'.join([head, *rows, ''])), c) == expected, head
+    lines = [dict(caption='A door', clip='Wind.wav'), dict(caption='A brook', clip=['Rain.wav', 'Door'])]
+    assert read_relevance(write(tmp_path/'right.jsonl', '\n'.join(map(json.dumps, lines))), c) == expected
     as_json = write(tmp_path/'right.json', json.dumps({'A door': 'Wind.wav', 'A brook': ['Rain.wav', 'test/Door']}))
     assert read_relevance(as_json, c) == expected
 
