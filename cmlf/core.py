@@ -6,8 +6,8 @@
 __all__ = ['BUDGETS', 'KINDS', 'PROFILES', 'PATH_SETTINGS', 'CmlfError', 'one_of', 'Profile', 'share_out', 'stage_epochs',
            'get_profile', 'absolute', 'expert_files', 'resolve_paths', 'rng', 'seed_everything', 'atomic_path',
            'write_text', 'write_json', 'read_json', 'content_hash', 'file_hash', 'cache_folder', 'remembered',
-           'path_hash', 'versions', 'commit', 'device', 'has_bf16', 'bf16_speed', 'prefers_bf16', 'precision',
-           'autocast', 'machine', 'Progress', 'say']
+           'path_hash', 'versions', 'commit', 'committed', 'device', 'has_bf16', 'bf16_speed', 'prefers_bf16',
+           'precision', 'autocast', 'machine', 'Progress', 'say']
 
 # %% ../nbs/00_core.ipynb #fe28b0fd
 import contextlib, dataclasses, difflib, functools, hashlib, json, math, os, platform, random
@@ -378,6 +378,14 @@ def commit() -> str:
         return git('rev-parse', '--short', 'HEAD') + (
             '+' if git('status', '--porcelain', '-uno') else '')
     except (OSError, subprocess.SubprocessError): return ''
+
+def committed(path) -> str|None:
+    "The text of a file as the last commit holds it; None where git knows no such file."
+    path = Path(path).absolute()
+    try: found = subprocess.run(['git', 'show', f'HEAD:./{path.name}'], cwd=path.parent,
+                                capture_output=True, timeout=10)
+    except (OSError, subprocess.SubprocessError): return None
+    return None if found.returncode else found.stdout.decode()
 
 # %% ../nbs/00_core.ipynb #e6ca1f14
 def device() -> torch.device:
