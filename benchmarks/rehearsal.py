@@ -68,7 +68,7 @@ def main():
     make_features(tree)
     made = time.time()
     features = ','.join(f'{n}={tree/n}.h5' for n in EXPERTS)
-    small = dict(corpus='manifest', width=4, text_model='tiny', head_hidden=64, joint_dim=128, seconds=1, epochs=3, stage_split='1+1+1',
+    small = dict(corpus='manifest', width=4, text_model='tiny', head_hidden=64, joint_dim=128, seconds=1, epochs=3, budget='equal_epochs', stage_split='1+1+1',
                  ce_epochs=1, expert_features=features)
     command = [sys.executable, '-c', 'from cmlf.reproduce import main; main()', 'reproduce', '--profile', 'audiocaps', '--data', str(tree),
                '--runs', str(args.out/'runs'), '--out', str(args.out/'report'), '--only', KINDS]

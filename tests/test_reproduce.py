@@ -8,9 +8,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-def cmlf(*arguments, **env):
+def cmlf(*arguments, cwd=ROOT, **env):
     "Run the command in a process of its own."
-    return subprocess.run([sys.executable, '-c', 'from cmlf.reproduce import main; main()', *map(str, arguments)], cwd=ROOT,
+    return subprocess.run([sys.executable, '-c', 'from cmlf.reproduce import main; main()', *map(str, arguments)], cwd=cwd,
                           capture_output=True, text=True, env={**os.environ, **env}, timeout=600)
 
 def assert_refused(done, *words):
@@ -59,6 +59,7 @@ def report(tmp_path_factory):
 def test_the_report_is_complete(report):
     for n in (1, 2, 3):
         for ending in ('md', 'csv', 'tex'): assert (report/f'table{n}.{ending}').stat().st_size > 100
+        assert 'Verdict' in (report/f'claims{n}.md').read_text() and len(pd.read_csv(report/f'claims{n}.csv')) >= 4
         assert (report/'notebooks'/f'table{n}.ipynb').exists()
     origin = json.loads((report/'provenance.json').read_text())
     assert {'commit', 'versions', 'seeds', 'corpus', 'machine', 'runs'} <= set(origin)

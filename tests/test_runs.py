@@ -1,0 +1,191 @@
+"What a run records, what it needs afterwards, and what is refused before work begins: through the command, as a user meets it."
+import json, shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+
+from cmlf.core import CmlfError, Profile, get_profile
+from cmlf.encoders import ResNet38, panns_front_end
+from cmlf.reproduce import Lab, Run, Spec, evaluate_on, report_folder
+from test_reproduce import assert_refused, cmlf
+
+SMALL = ['--set', 'width=4', '--set', 'text_model=tiny', '--set', 'epochs=3', '--set', 'seconds=1', '--set', 'batch_size=8',
+         '--set', 'head_hidden=16', '--set', 'joint_dim=16']
+
+def tones(folder, rows):
+    "A manifest beside its sounds: (name, caption, split) each."
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (name, *_) in enumerate(rows):
+        wave = 0.3 * np.sin(2 * np.pi * 200 * 1.3 ** (i % 9) * np.arange(16000) / 16000) + 0.01 * np.random.default_rng(i).normal(size=16000)
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder/name, wave, 16000)
+    pd.DataFrame(rows, columns=['path', 'caption', 'split']).to_csv(folder/'manifest.csv', index=False)
+    return folder/'manifest.csv'
+
+def some_rows(train=24, val=8, test=8):
+    splits = ['train'] * train + ['val'] * val + ['test'] * test
+    return [(f'{i:02}.wav', f'A tone, number {i}', s) for i, s in enumerate(splits)]
+
+def nothing_computed(folder): return not [f for f in Path(folder).rglob('*') if f.suffix in ('.npy', '.part', '.pt')]
+
+# --- refused before any feature is computed
+
+@pytest.mark.parametrize('system', ['3cmlf', 'baseline'])
+def test_no_validation_split_is_refused_before_features(system, tmp_path):
+    data = tones(tmp_path/'own', some_rows(val=0))
+    assert_refused_after_facts(cmlf('train', '--data', data, *SMALL, '--system', system, '--out', tmp_path/'run'), 'no val clips', 'split=val', '80/10/10')
+    assert nothing_computed(tmp_path/'run')
+
+def assert_refused_after_facts(done, *words):
+    "Exit code 2 and one line from `cmlf`; facts about the corpus may stand above it."
+    assert done.returncode == 2, done.stderr
+    lines = [l for l in done.stderr.strip().splitlines() if l.startswith('cmlf: ')]
+    assert len(lines) == 1 and 'Traceback' not in done.stderr, done.stderr
+    for word in words: assert word in lines[0], lines[0]
+
+def test_a_corpus_of_one_split_is_described(tmp_path):
+    data = tones(tmp_path/'own', some_rows(val=0, test=0))
+    done = cmlf('data', '--data', data, '--json')
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts['train'] == dict(clips=24, captions=24) and 'val' not in facts and 'test' not in facts
+
+def test_a_caption_that_is_too_long_is_named_by_file_and_row_before_features(tmp_path):
+    rows = some_rows()
+    rows[30] = ('30.wav', 'rain ' * 700, 'val')
+    data = tones(tmp_path/'own', rows)
+    assert_refused_after_facts(cmlf('train', '--data', data, *SMALL, '--out', tmp_path/'run'), 'manifest.csv row 32', '512')
+    assert nothing_computed(tmp_path/'run')
+
+# --- training
+
+def test_a_loss_that_is_no_number_is_one_line_with_place_and_fix(tmp_path):
+    data = tones(tmp_path/'own', some_rows())
+    done = cmlf('train', '--data', data, *SMALL, '--set', 'lr=1e30', '--set', 'schedule=constant', '--set', 'clip_norm=0', '--out', tmp_path/'run',
+                '--system', 'baseline')
+    assert_refused_after_facts(done, 'stage 1', 'epoch 1', 'lower lr=1e+30')
+
+def test_class_names_as_captions_train(tmp_path):
+    "4 captions on 64 clips: groups too large for the batches are spread, which is said once a run."
+    rows = [(f'{i:02}.wav', ['dog', 'rain', 'bell', 'wind'][i % 4], 'train' if i < 48 else 'val' if i < 56 else 'test') for i in range(64)]
+    done = cmlf('train', '--data', tones(tmp_path/'own', rows), *SMALL, '--out', tmp_path/'run', '--json')
+    assert done.returncode == 0, done.stderr
+    said = [l for l in done.stderr.splitlines() if 'spread as far as they go' in l]
+    assert len(said) == 2 and '4 groups' in said[0]   # the baseline's run and the mined one
+
+# --- a finished run needs nothing but its folder
+
+@pytest.fixture(scope='module')
+def from_panns(tmp_path_factory):
+    "A run that started from a PANNs file given by a relative path, its folder moved since, the file gone."
+    folder = tmp_path_factory.mktemp('panns')
+    data = tones(folder/'own', some_rows())
+    weights = {k: v for k, v in ResNet38(4).state_dict().items()} | panns_front_end()
+    torch.save(dict(model=weights), folder/'weights.pth')
+    done = cmlf('train', '--data', 'own/manifest.csv', '--profile', 'audiocaps', *SMALL, '--set', 'panns=weights.pth', '--set', 'budget=equal_epochs',
+                '--out', 'run', cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder/'weights.pth').unlink()
+    (folder/'moved').mkdir()
+    shutil.move(folder/'run', folder/'moved'/'run')
+    return folder/'moved'/'run', data
+
+def test_a_moved_run_evaluates_without_what_it_started_from(from_panns):
+    run, data = from_panns
+    found = cmlf('evaluate', run, '--data', data, '--json')
+    assert found.returncode == 0, found.stderr
+    facts = json.loads(found.stdout)
+    assert {'R@50'} <= set(facts['more']['t2a']) and {'mAP@10'} <= set(facts['map']['a2t'])
+    assert Run(run).about['profile']['panns'].startswith('/') and Run(run).about['precision'] in ('bf16', 'float32')
+
+def test_a_run_on_another_corpus_scores_the_one_that_is_given(from_panns, tmp_path):
+    "A run of composed scenes once scored its own scenes, whatever --data said."
+    run, data = from_panns
+    about = json.loads((run/'run.json').read_text())
+    twin = shutil.copytree(run, tmp_path/'twin')
+    (twin/'run.json').write_text(json.dumps(about | dict(profile=about['profile'] | dict(corpus='synthesised', n_train=32, n_val=8, n_test=24))))
+    assert evaluate_on(Run(twin), data)['pool'] == evaluate_on(Run(run), data)['pool'] == dict(clips=8, captions=8)
+
+def test_several_right_clips_per_caption(from_panns, tmp_path):
+    run, data = from_panns
+    one = json.loads(cmlf('evaluate', run, '--data', data, '--json').stdout)
+    table = pd.read_csv(data)
+    test = table[table.split == 'test']
+    every = pd.DataFrame([(c, p) for c in test.caption for p in test.path], columns=['caption', 'file_name'])
+    every.to_csv(tmp_path/'right.csv', index=False)
+    all_right = json.loads(cmlf('evaluate', run, '--data', data, '--relevance', tmp_path/'right.csv', '--at', 16, '--json').stdout)
+    assert all_right['t2a']['R@1'] == all_right['map']['t2a']['mAP@16'] == 100 >= one['t2a']['R@1']
+    every.assign(file_name='none.wav').to_csv(tmp_path/'wrong.csv', index=False)
+    assert_refused_after_facts(cmlf('evaluate', run, '--data', data, '--relevance', tmp_path/'wrong.csv'), 'wrong.csv row 2', 'none.wav')
+
+# --- relative paths, from the door to the executed notebook
+
+def test_relative_paths_work_to_the_end(tmp_path):
+    tones(tmp_path/'own', [(n.replace('.wav', ' #1 <b>"x".wav') if s == 'test' else n, c, s) for n, c, s in some_rows()])
+    weights = {k: v for k, v in ResNet38(4).state_dict().items()} | panns_front_end()
+    torch.save(dict(model=weights), tmp_path/'weights.pth')
+    ids = pd.read_csv(tmp_path/'own'/'manifest.csv').path
+    for name, size in dict(audio=(10, 128), vggsound=(32, 512)).items():
+        np.savez(tmp_path/f'{name}.npz', **{i: np.random.default_rng(0).normal(size=size) for i in ids})
+    (tmp_path/'words.txt').write_text('tone ' + '0.1 ' * 300 + '\nnumber ' + '0.2 ' * 300 + '\n')
+    paths = dict(panns='weights.pth', expert_features='audio=audio.npz,vggsound=vggsound.npz', words='words.txt')
+    settings = [a for k, v in (paths | dict(corpus='manifest', seconds=1, pretrain_epochs=0)).items() for a in ('--set', f'{k}={v}')]
+    done = cmlf('reproduce', '--profile', 'smoke', '--tables', '1', '--data', 'own/manifest.csv', '--runs', 'runs', '--out', 'report', *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path/'report'/'table1.csv')
+    assert len(table) == 10 and table.t2a_r1.notna().all() and table.pool_clips.eq(8).all()
+    assert str(tmp_path) not in (tmp_path/'report'/'notebooks'/'table1.ipynb').read_text(), 'a path of this machine'
+    odd_names_are_safe(tmp_path/'report')
+
+def odd_names_are_safe(report):
+    "Clip ids with #, <b> and quotes: escaped in the page, and their sounds are found by a browser."
+    page = (report/'index.html').read_text()
+    assert '#1 <b>"x"' not in page and '&lt;b&gt;' in page
+    import re
+    from urllib.parse import unquote
+    sources = [unquote(s) for s in re.findall(r'<audio[^>]*src="([^"]+)"', page) if not s.startswith('data:')]
+    assert len(sources) >= 6 and all((report/s).is_file() for s in sources)
+
+# --- tables
+
+@pytest.fixture(scope='module')
+def smoke_runs(tmp_path_factory): return Lab(get_profile('smoke'))   # the runs that the notebooks' own tests share
+
+def test_minutes_of_a_mined_row_include_what_it_needs(smoke_runs):
+    table = smoke_runs.table(1)
+    mined, joint, scenes = (table[(table.system == s) & (table.audio_encoder == 'scratch') & (table.chm.fillna('') == c)].iloc[0]
+                            for s, c in (('3CMLF', 'yes'), ('ResNet38+BERT', ''), ('3CMLF', 'no')))
+    run = smoke_runs.run(smoke_runs.spec('3cmlf', 'scratch', True))
+    assert run.about['vector_minutes'] > 0
+    assert mined.minutes == pytest.approx(mined.minutes_own + joint.minutes_own, abs=0.02) and scenes.minutes == scenes.minutes_own
+
+def test_table_two_shows_each_stage_by_itself(smoke_runs):
+    two = smoke_runs.table(2)
+    run = smoke_runs.run(smoke_runs.spec('3cmlf', 'scratch', True))
+    scratch = two[two.audio_encoder == 'scratch']
+    assert scratch.minutes_stage.sum() == pytest.approx(run.about['minutes'], abs=0.03)
+    assert scratch.selected.tolist() == [f'{a} of {b}' for a, b in zip(run.about['selected'], run.about['stage_epochs'])]
+    for row in scratch.itertuples():
+        if row.selected.startswith(f'{run.about["stage_epochs"][row.stage - 1]} of'): assert row.last_t2a_r1 == row.t2a_r1
+
+def test_one_seed_has_intervals_and_two_have_deviations(smoke_runs):
+    one = smoke_runs.table(2)
+    assert (one.t2a_r1_low <= one.t2a_r1).all() and (one.t2a_r1 <= one.t2a_r1_high).all() and 't2a_r1_sd' not in one
+    assert one[['t2a_r50', 'a2t_map10']].notna().all(axis=None)
+    two = smoke_runs.table(2, seeds=2)
+    assert two.t2a_r1_sd.notna().all()
+
+def test_a_report_is_where_it_was_asked_for(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert report_folder('mini', 'x') == tmp_path/'x'
+
+def test_stored_settings_that_no_longer_exist_are_named(from_panns, tmp_path):
+    run, data = from_panns
+    twin = shutil.copytree(run, tmp_path/'twin')
+    about = json.loads((run/'run.json').read_text())
+    (twin/'run.json').write_text(json.dumps(about | dict(profile=about['profile'] | dict(colour='blue'))))
+    with pytest.raises(CmlfError, match='colour'): evaluate_on(Run(twin), data)
