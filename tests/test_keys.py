@@ -150,7 +150,7 @@ def unwatched(f):
 for method in '__init__ __post_init__ __eq__ __hash__ __repr__ replace asdict'.split(): setattr(Watched, method, unwatched(getattr(Profile, method)))
 
 IN_VAIN = {   # read without effect, and why
-    'name': 'folders and log lines',
+    'name': 'folders and log lines', 'batch_size': 'stands in the spec, which the key holds',
     'subset': ALL,
     'restart_schedule': 'one stage: the schedule is the same', 'remine': 'random batches are drawn anew each epoch in any case',
     'freeze_head': 'joint training freezes nothing', 'panns': 'whether a tagger is needed; its content is in the key of pre-trained runs',
