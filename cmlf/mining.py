@@ -9,17 +9,19 @@ __all__ = ['LISTED', 'HOT', 'COLD', 'SWEEPS', 'ALL_PAIRS', 'unit_vectors', 'batc
            'listed_prices', 'sampled_bound', 'Blocks', 'make_blocks', 'Clans', 'find_clans', 'fill', 'Field',
            'undecide', 'settle', 'recall', 'scores', 'cool', 'admit', 'exchange', 'promising', 'matchings', 'Task',
            'anneal', 'trade', 'mine_hard', 'assign', 'hand_out', 'shake', 'mine_easy', 'median_cosine', 'weigh_for',
-           'mine_random', 'mine_median', 'choose_dropped', 'separate', 'Mined', 'mine', 'near_duplicates']
+           'mine_random', 'mine_median', 'choose_dropped', 'separate', 'spread_groups', 'Mined', 'mine',
+           'largest_group', 'near_duplicates']
 
 # %% ../nbs/04_mining.ipynb #c18989fc
 import functools, time
 from dataclasses import dataclass, field
+from numbers import Real
 
 import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from .core import KINDS, CmlfError, Progress, has_bf16, one_of, rng, say
+from .core import KINDS, CmlfError, Progress, one_of, prefers_bf16, rng, say
 
 # %% ../nbs/04_mining.ipynb #d7e91a91
 def _table(rows):
@@ -80,17 +82,6 @@ def easy_bound(x, # (N, d) unit vectors
     left = max(0., float(x.double().sum(0).norm()) - (len(x) - m * b))
     return max(left ** 2 / m - m * b, -m * b) / (m * b * (b - 1))
 
-# %% ../nbs/04_mining.ipynb #26a8e140
-def _twins(groups):
-    "All pairs (i, j), i < j, of one group, as (2, P)."
-    order = groups.argsort(stable=True)
-    g, pairs = groups[order], []
-    for step in range(1, len(g)):
-        same = (g[step:] == g[:-step]).nonzero().squeeze(1)
-        if not len(same): break
-        pairs.append(torch.stack([order[same], order[same + step]]))
-    return torch.cat(pairs, 1) if pairs else order.new_empty(2, 0)
-
 # %% ../nbs/04_mining.ipynb #91e6cc7a
 def price_bound(x, # (N, d) unit vectors
                 u, # (N,) price of every vector's company
@@ -104,10 +95,8 @@ def price_bound(x, # (N, d) unit vectors
         for j in range(i, len(x), tile):
             w = torch.addmm(-u[j:j + tile], x[i:i + 1024], x[j:j + tile].T)
             w -= u[i:i + 1024, None]
+            if groups is not None: w[groups[i:i + 1024, None] == groups[j:j + tile]] = 0
             over += float((w.triu_(i - j + 1) if j < i + 1024 else w).clamp_min_(0).sum())
-    if groups is not None:
-        i, j = _twins(groups)
-        over -= float(((x[i] * x[j]).sum(1) - u[i] - u[j]).clamp_min(0).double().sum())
     seats = (b - 1) * float(u.double().topk(m * b).values.sum())
     return (seats + over) * 2 / (m * b * (b - 1))
 
@@ -189,7 +178,7 @@ def neighbours(x, # (N, d) unit vectors
 # %% ../nbs/04_mining.ipynb #74879e8d
 def _priced(x, u):
     "Tables (N, d + 4) whose product is the excess of all pairs, in fast numbers; and its error."
-    low = torch.bfloat16 if x.device.type == 'cpu' and has_bf16(x.device) else torch.float32
+    low = torch.bfloat16 if x.device.type == 'cpu' and prefers_bf16(x.device) else torch.float32
     a, one = -u.to(low), torch.ones_like(u, dtype=low)
     rest = (-u - a.float()).to(low) # bf16 alone is too coarse for a price
     left, right = torch.stack([a, rest, one, one], 1), torch.stack([one, one, a, rest], 1)
@@ -201,6 +190,7 @@ def _priced(x, u):
 def close_pairs(x, # (N, d) unit vectors
                 u, # (N,) prices
                 slack:float, # how far below its price a pair may be
+                groups=None, # (N,) labels; pairs of one group are left out
                 tile:int=4096) -> torch.Tensor:
     "(P,) pairs i < j as i N + j, ascending: at least all whose excess is above -`slack`."
     n, found = len(x), []
@@ -208,6 +198,7 @@ def close_pairs(x, # (N, d) unit vectors
     for i in range(0, n, 1024):
         for j in range(i, n, tile):
             close = left[i:i + 1024] @ right[j:j + tile].T > -slack - off
+            if groups is not None: close &= groups[i:i + 1024, None] != groups[j:j + tile]
             a, b = (close.triu_(i - j + 1) if j < i + 1024 else close).nonzero().T
             found.append((a + i) * n + b + j)
     return torch.cat(found).sort().values
@@ -274,7 +265,7 @@ def first_prices(x, # (N, d) unit vectors
 def survey(p:Prices, slack:float=.05):
     "List all pairs less than `slack` below their price; no price may fall by more than half of it."
     p.floor = p.u - slack / 2
-    list_pairs(p, close_pairs(p.x, p.u, slack))
+    list_pairs(p, close_pairs(p.x, p.u, slack, p.groups))
 
 # %% ../nbs/04_mining.ipynb #27974054
 def _raise_prices(p:Prices, share, t):
@@ -378,6 +369,7 @@ def _pairs_near(p:Prices, slack:float=.05, rows:int=256) -> float:
     "How many pairs a survey would list, told by some rows."
     i = torch.from_numpy(rng(0, 'rows').permutation(len(p.x))[:rows]).to(p.x.device)
     near = p.x[i] @ p.x.T - p.u[i, None] - p.u > -slack
+    if p.groups is not None: near &= p.groups[i, None] != p.groups
     return float(near.sum()) / len(i) * len(p.x) / 2
 
 # %% ../nbs/04_mining.ipynb #b5308354
@@ -447,8 +439,8 @@ class Blocks:
 
     def per_batch(self, values):
         "(P, K, ...) values of every block's batches, added up over blocks: (M, ...)."
-        out = values.new_zeros(self.m, *values.shape[2:], dtype=torch.float32)
-        return out.index_add_(0, self.near.flatten(), values.float().flatten(0, 1))
+        out = values.new_zeros(self.m, *values.shape[2:])
+        return out.index_add_(0, self.near.flatten(), values.flatten(0, 1))
 
     def unblock(self, values, n:int):
         "(P, L, ...) values of every block's vectors as (N, ...)."
@@ -512,6 +504,12 @@ def find_clans(blocks:Blocks, # vectors in blocks
     key = groups[blocks.items].flatten()[one].unsqueeze(1) * blocks.m + blocks.near[block[one]]
     return Clans(rows, clan, block[rows], key, torch.zeros(key.shape, device=groups.device))
 
+# %% ../nbs/04_mining.ipynb #0b8a9eae
+def _weighted(a, u):
+    "(P, K) sums over the rows of a (P, L, K), weighed by u (P, L)."
+    if len(a) > 8: return (u.unsqueeze(1) @ a).squeeze(1) # about ten times as fast
+    return (a.transpose(1, 2) @ u.unsqueeze(2)).squeeze(2) # few: digits as ever
+
 # %% ../nbs/04_mining.ipynb #3757190d
 def fill(a, # (P, L, K) exp(score / t), overwritten
          blocks:Blocks,
@@ -520,17 +518,17 @@ def fill(a, # (P, L, K) exp(score / t), overwritten
          t:float=1., # temperature
          rounds:int=10):
     "Shares q (P, L, K), rows adding to 1, batches to about `b`; and the (M,) factors that did it."
-    real, v = blocks.real.to(a.dtype), torch.ones(blocks.m, device=a.device)
-    if clans: free, flat = a.flatten(0, 1)[clans.rows].float(), a.flatten(0, 1)
-    rows = lambda: real / (a @ v[blocks.near].unsqueeze(2).to(a.dtype)).clamp_min(1e-30)
+    real, v, turned = blocks.real, torch.ones(blocks.m, device=a.device), a.transpose(1, 2)
+    if clans: free, flat = a.flatten(0, 1)[clans.rows], a.flatten(0, 1)
+    rows = lambda: real / _weighted(turned, v[blocks.near]).clamp_min(1e-30).unsqueeze(2)
     for _ in range(rounds):
-        if clans: flat[clans.rows] = (free * (-clans.toll / t).exp()[clans.clan]).to(a.dtype)
+        if clans: flat[clans.rows] = free * (-clans.toll / t).exp()[clans.clan]
         u = rows()
-        load = blocks.per_batch((a.transpose(1, 2) @ u).squeeze(2))
+        load = blocks.per_batch(_weighted(a, u.squeeze(2)))
         v = (b / load.clamp_min(1e-3)).clamp(1e-3, 1e3)
-        if clans: clans.raise_tolls(flat[clans.rows].float() * u.flatten(0, 1)[clans.rows].float()
+        if clans: clans.raise_tolls(flat[clans.rows] * u.flatten(0, 1)[clans.rows]
                                     * v[blocks.near[clans.block]], t)
-    return a.mul_(rows()).mul_(v[blocks.near].unsqueeze(1).to(a.dtype)), v
+    return a.mul_(rows()).mul_(v[blocks.near].unsqueeze(1)), v
 
 # %% ../nbs/04_mining.ipynb #b872276f
 @dataclass
@@ -553,9 +551,8 @@ def undecide(x, batches, b, groups=None) -> Field:
     f.liked[batches.flatten(), 0] = torch.arange(m, device=x.device).repeat_interleave(b)
     f.share[batches.flatten()] = 1
     f.clans = None
-    f.low = torch.bfloat16 if len(x) > 4096 and has_bf16(x.device) else torch.float32
     f.mean = x.mean(0)
-    f.centred = (x - f.mean).to(f.low)
+    f.centred = x - f.mean
     return f
 
 # %% ../nbs/04_mining.ipynb #b51e7169
@@ -565,8 +562,8 @@ def settle(f:Field, order):
     liked = f.liked[k.items].flatten(1)
     at = torch.searchsorted(k.near, liked).clamp_max(k.near.shape[1] - 1)
     known = (k.near.gather(1, at) == liked).view(*k.items.shape, -1)
-    f.q = torch.zeros(*k.items.shape, k.near.shape[1], dtype=f.low, device=f.x.device)
-    f.q.scatter_add_(2, at.view(known.shape), (f.share[k.items] * known * k.real).to(f.low))
+    f.q = torch.zeros(*k.items.shape, k.near.shape[1], device=f.x.device)
+    f.q.scatter_add_(2, at.view(known.shape), f.share[k.items] * known * k.real)
     f.v = f.centred[k.items]
     old, f.clans = f.clans, find_clans(k, f.groups)
     if old and f.clans: f.clans.inherit(old)
@@ -575,15 +572,15 @@ def recall(f:Field, values, many:int=8):
     "Each vector's `many` largest of (P, L, K) values, and the batches they stand for: (N, many)."
     v, at = values.topk(min(many, values.shape[2]), 2)
     batch = f.blocks.near.unsqueeze(1).expand(-1, v.shape[1], -1).gather(2, at)
-    return f.blocks.unblock(v.float(), len(f.x)), f.blocks.unblock(batch, len(f.x))
+    return f.blocks.unblock(v, len(f.x)), f.blocks.unblock(batch, len(f.x))
 
 # %% ../nbs/04_mining.ipynb #b597cbd5
 def scores(f:Field):
     "(P, L, K) $e_i \\cdot S_m - q_{im} - p_m$, up to a constant of each row, which shares ignore."
     near = f.blocks.near
-    c = f.sums[near] - f.sums[near].mean(1, keepdim=True) # small numbers, for the sake of bf16
-    p = f.v @ c.to(f.low).transpose(1, 2)
-    p += (c @ f.mean - f.price[near]).unsqueeze(1).to(f.low)
+    c = f.sums[near] - f.sums[near].mean(1, keepdim=True) # small numbers round less
+    p = f.v @ c.transpose(1, 2)
+    p += (c @ f.mean - f.price[near]).unsqueeze(1)
     p -= f.q
     return p
 
@@ -593,7 +590,7 @@ def cool(f:Field, t:float):
     f.q, v = fill(p.sub_(p.amax(2, keepdim=True)).div_(t).exp_(), f.blocks, f.b, clans=f.clans, t=t)
     f.price -= t * v.log()
     turned = f.q.transpose(1, 2)
-    full = f.blocks.per_batch(turned @ f.blocks.real.to(f.low)).clamp_min(1)
+    full = f.blocks.per_batch(turned @ f.blocks.real).clamp_min(1)
     f.sums = f.blocks.per_batch(turned @ f.v) * (f.b / full) + f.b * f.mean
 
 # %% ../nbs/04_mining.ipynb #80bf71f5
@@ -763,11 +760,11 @@ def anneal(task:Task, batches):
         if k % 5 == 0:
             if k: f.share, f.liked = recall(f, f.q)
             settle(f, task.tree(f.sums))
-        if k == 0: spread = float(scores(f).float().std(2).mean())
+        if k == 0: spread = float(scores(f).std(2).mean())
         cool(f, spread * HOT * (COLD / HOT) ** (k / max(1, task.sweeps - 1)))
         task.note('cooling', f.sums)
     p = scores(f)
-    if f.clans: p.flatten(0, 1)[f.clans.rows] -= f.clans.toll[f.clans.clan].to(p.dtype)
+    if f.clans: p.flatten(0, 1)[f.clans.rows] -= f.clans.toll[f.clans.clan]
     return admit(*recall(f, p, 64 if f.clans else 16), task.m, task.b, task.groups)
 
 # %% ../nbs/04_mining.ipynb #ec0bf0d1
@@ -909,10 +906,15 @@ def mine_median(task:Task):
     return batches, dropped
 
 # %% ../nbs/04_mining.ipynb #5769fde4
+def _weights(task:Task, a, b):
+    "(.., n, k) what pairs of vectors a (.., n) and b (.., k) add to the objective."
+    if task.weigh is torch.zeros_like: return task.x.new_zeros(*a.shape, b.shape[-1]) # random
+    return task.weigh(task.x[a] @ task.x[b].transpose(-1, -2))
+
 def _worth(task:Task, batches):
     "(M, B) what every member adds to its batch."
     def one(some):
-        w = task.weigh(task.x[some] @ task.x[some].transpose(1, 2))
+        w = _weights(task, some, some)
         w.diagonal(dim1=1, dim2=2).zero_()
         return w.sum(2)
     return torch.cat([one(some) for some in batches.split(1024)])
@@ -967,7 +969,7 @@ def _move_out(task:Task, batches, a:int, slot:int, among:int=64):
     "Exchange one member of batch `a` for one of a batch without its group that suits it well."
     i, here = batches[a, slot].clone(), task.groups[batches[a]]
     if (here == task.groups[i]).sum() < 2: return
-    w = lambda ids, to: task.weigh(task.x[ids] @ task.x[to].T)
+    w = functools.partial(_weights, task)
     suits = w(batches.flatten(), i[None]).view(batches.shape).sum(1)
     suits[(task.groups[batches] == task.groups[i]).any(1)] = -torch.inf
     best = suits.topk(min(among, len(suits)))
@@ -981,27 +983,44 @@ def _move_out(task:Task, batches, a:int, slot:int, among:int=64):
     b, seat = int(free[at // there.shape[1]]), at % there.shape[1]
     batches[a, slot], batches[b, seat] = batches[b, seat].clone(), i
 
+# %% ../nbs/04_mining.ipynb #1a671d38
+def spread_groups(groups, # (N,) labels 0, 1, ..
+                  m:int, # batches
+                  stream, # random generator
+                 ) -> torch.Tensor:
+    "(N,) labels of groups that can be kept apart: those of n > M members in ceil(n / M) parts."
+    size = groups.bincount()
+    if size.max() <= m: return groups
+    order = torch.from_numpy(stream.permutation(len(groups))).to(groups.device)
+    place = torch.empty_like(groups).scatter_(0, order, _queue(groups[order]))
+    parts = (size + m - 1) // m
+    return (parts.cumsum(0) - parts)[groups] + place % parts[groups]
+
 # %% ../nbs/04_mining.ipynb #77ee0933
 SWEEPS = dict(easy=2, random=0, median=60, hard=40) # passes over all vectors
 ALL_PAIRS = 120_000 # vectors up to which the bound for hard batches looks at all pairs
 _SEARCH = dict(easy=mine_easy, random=mine_random, median=mine_median, hard=mine_hard)
 
 # %% ../nbs/04_mining.ipynb #58ea8c8d
-def _labels(groups, n:int, m:int, device):
+def _labels(groups, n:int, device):
     "`groups` as (N,) int64 labels 0, 1, ..; None stays None."
     if groups is None: return None
+    hint = 'give one whole number for each vector, in the same order, or no groups (--groups)'
     try: g = np.asarray(groups.cpu() if torch.is_tensor(groups) else groups)
-    except ValueError: raise CmlfError('groups: give one whole number a vector') from None
-    if g.shape != (n,):
-        raise CmlfError(f'groups of shape {g.shape} for {n} vectors: give one label a vector')
-    if g.dtype.kind not in 'iub':
-        raise CmlfError(f'groups of type {g.dtype}: give whole numbers, one label a vector')
-    names, g, size = np.unique(g, return_inverse=True, return_counts=True)
-    if size.max() > m:
-        most = f'group {names[size.argmax()]} has {size.max()} members for {m} batches'
-        raise CmlfError(f'{most}, so some would meet: '
-                        'use a smaller batch_size, finer groups, or groups=None')
+    except ValueError: raise CmlfError(f'groups: {hint}') from None
+    if g.shape != (n,): raise CmlfError(f'groups of shape {g.shape} for {n} vectors: {hint}')
+    if g.dtype.kind not in 'iub': raise CmlfError(f'groups of type {g.dtype}: {hint}')
+    g = np.unique(g, return_inverse=True)[1]
     return torch.from_numpy(g.astype(np.int64)).to(device)
+
+# %% ../nbs/04_mining.ipynb #e107e5cf
+def _keep_apart(groups, n, m, device, stream):
+    "Labels for the search, labels for the bound, and the number of groups that are too large."
+    groups = _labels(groups, n, device)
+    if groups is None: return None, None, 0
+    large, alone = groups.bincount() > m, n + torch.arange(n, device=device)
+    sure = torch.where(large[groups], alone, groups) # members of a large group may meet
+    return spread_groups(groups, m, stream), sure, int(large.sum())
 
 # %% ../nbs/04_mining.ipynb #743d0929
 def _whole(name, value, least):
@@ -1022,8 +1041,9 @@ class Mined:
     seconds: float          # of the search; the bound takes its own
     history: tuple          # (step, mean similarity) while searching
     vectors: torch.Tensor = field(repr=False) # (N, d) unit vectors
-    groups: torch.Tensor|None = field(repr=False)
+    groups: torch.Tensor|None = field(repr=False) # (N,) labels of what never meets, for the bound
     rounds: int = 5         # effort of the bound for hard batches
+    spread: int = 0         # groups of n > M members: up to ceil(n / M) of them share a batch
 
     @functools.cached_property
     def _certificate(self):
@@ -1038,7 +1058,8 @@ class Mined:
 
     @property
     def bound(self) -> float|None:
-        "No batches are beyond this; computed when first asked for, None for random and median."
+        """No batches are beyond this, those that keep groups apart where these were not too large;
+        computed when first asked for, None for random and median."""
         return self._certificate[0]
 
     @property
@@ -1063,6 +1084,7 @@ class Mined:
         facts = dict(kind=self.kind, vectors=len(self.vectors), batches=m, batch_size=b,
                      dropped=len(self.dropped), objective=self.mean_similarity,
                      seconds=round(self.seconds, 3))
+        if self.spread: facts['spread'] = self.spread
         if not bound: return facts
         return facts | dict(bound=self.bound, bound_is=self.bound_is, gap=self.gap,
                             bound_seconds=round(time.perf_counter() - began, 3))
@@ -1082,7 +1104,7 @@ def mine(embeddings, # (N, d) ancillary vectors, array or tensor; their length d
          *,
          seed:int=0, # one seed, one result
          epoch:int=0, # other batches of equal quality
-         groups=None, # (N,) whole numbers; two of one label never meet; None: the paper's way
+         groups=None, # (N,) whole numbers; of n with one label, up to ceil(n / M) share a batch
          sweeps:int|None=None, # effort, in passes over all vectors; None: `SWEEPS`
          rounds:int=5, # effort of the bound for hard batches; 0: prices alone, in seconds
         ) -> Mined:
@@ -1092,15 +1114,16 @@ def mine(embeddings, # (N, d) ancillary vectors, array or tensor; their length d
     x = unit_vectors(embeddings)
     if len(x) < b:
         raise CmlfError(f'{len(x)} vectors do not fill a batch of {b}: '
-                        'give more, or a smaller batch_size')
+                        'give more, or a smaller batch_size (--batch-size)')
     seed, epoch = _whole('seed', seed, None), _whole('epoch', epoch, None)
     sweeps = SWEEPS[kind] if sweeps is None else _whole('sweeps', sweeps, 0)
     rounds, m, stream = _whole('rounds', rounds, 0), len(x) // b, rng(seed, 'mine', kind, epoch)
-    groups = _labels(groups, len(x), m, x.device)
+    parts = rng(seed, 'parts', epoch)
+    apart, sure, spread = _keep_apart(groups, len(x), m, x.device, parts)
     weigh = weigh_for(kind, median_cosine(x, stream) if kind == 'median' else 0.)
     best = None
     for _ in range(1 if kind == 'random' or not sweeps else max(1, min(8, 256 // len(x)))):
-        task = Task(x, m, b, groups, stream, weigh, sweeps)
+        task = Task(x, m, b, apart, stream, weigh, sweeps)
         batches, dropped = _search(task, kind)
         value = float(_worth(task, batches).mean())
         if best is None or value > best[0]: best = value, batches, dropped, task.history
@@ -1110,27 +1133,58 @@ def mine(embeddings, # (N, d) ancillary vectors, array or tensor; their length d
     dropped = dropped.sort().values.cpu().numpy()
     assert (np.bincount(np.r_[batches.ravel(), dropped], minlength=len(x)) == 1).all(), kind
     return Mined(kind, batches, dropped, quality,
-                 time.perf_counter() - began, tuple(history), x, groups, rounds)
+                 time.perf_counter() - began, tuple(history), x, sure, rounds, spread)
 
-# %% ../nbs/04_mining.ipynb #5b719b48
+# %% ../nbs/04_mining.ipynb #89919ff3
+def _join(label, pairs):
+    "(N,) `label` after vectors of `pairs` (P, 2) were joined: the smaller label spreads."
+    a, b = pairs.T
+    while (label[a] != label[b]).any():
+        low = torch.arange(len(label), device=label.device)
+        low.scatter_reduce_(0, label[a], label[b], 'amin')
+        low.scatter_reduce_(0, label[b], label[a], 'amin')
+        while (low[low] != low).any(): low = low[low] # a chain of labels, to its end
+        label = low[label]
+    return label
+
+# %% ../nbs/04_mining.ipynb #9e8d74d1
+def _joined(x, threshold, label, most=2**20):
+    "(N,) `label`, joined where two vectors have a cosine of `threshold`; some `most` pairs wait."
+    held, count = [], 0
+    for i, j in [(i, j) for i in range(0, len(x), 1024) for j in range(i, len(x), 8192)]:
+        if (label[i:i + 1024] == label[i]).all() and (label[j:j + 8192] == label[i]).all(): continue
+        close = x[i:i + 1024] @ x[j:j + 8192].T >= threshold
+        for r, rows in enumerate(close.split(128)):
+            at = i + 128 * r
+            rows &= label[at:at + 128, None] != label[j:j + 8192] # the others are joined already
+            held.append(rows.nonzero() + torch.tensor([at, j], device=x.device))
+            count += len(held[-1])
+            if count > most: label, held, count = _join(label, torch.cat(held)), [], 0
+    return _join(label, torch.cat(held)) if held else label
+
+# %% ../nbs/04_mining.ipynb #1639e561
+def largest_group(labels, # (N,) labels
+                 ) -> int:
+    "How many members the largest group has."
+    return int(np.unique(labels, return_counts=True)[1].max())
+
+# %% ../nbs/04_mining.ipynb #ab066e99
 def near_duplicates(x, # (N, d) vectors
                     threshold:float, # cosine from which two say the same
                     groups=None, # (N,) labels to begin with
                    ) -> np.ndarray:
-    "(N,) int64 labels: those of `groups`, joined where two vectors have a cosine of `threshold`."
+    """(N,) int64 labels: those of `groups`, joined where two vectors have a cosine of `threshold`.
+    Says so where that joins more than half of the vectors."""
     x = unit_vectors(x)
-    if not isinstance(threshold, (int, float)) or not -1 <= threshold <= 1:
-        raise CmlfError(f'threshold={threshold!r} should be a cosine, from -1 to 1')
-    n = len(x)
-    label = torch.arange(n, device=x.device) if groups is None else _labels(groups, n, n, x.device)
-    pairs = [torch.empty(2, 0, dtype=torch.long, device=x.device)]
-    for i in range(0, n, 1024):
-        for j in range(i, n, 8192):
-            same = (x[i:i + 1024] @ x[j:j + 8192].T >= threshold).nonzero()
-            pairs.append((same + torch.tensor([i, j], device=x.device)).T)
-    a, b = torch.cat(pairs, 1)
-    while (label[a] != label[b]).any(): # the smaller label spreads, in groups too
-        low = torch.arange(n, device=x.device).scatter_reduce_(0, label[a], label[b], 'amin')
-        low.scatter_reduce_(0, label[b], label[a], 'amin')
-        label = low[low[label]]
-    return label.unique(return_inverse=True)[1].cpu().numpy()
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not -1 <= threshold <= 1:
+        raise CmlfError('threshold (--near-duplicates) should be a cosine, from -1 to 1, '
+                        f'not {threshold!r}')
+    n, label = len(x), _labels(groups, len(x), x.device)
+    if label is None: label = torch.arange(n, device=x.device)
+    before = largest_group(label.cpu())
+    joined = _joined(x, float(threshold), label).unique(return_inverse=True)[1].cpu().numpy()
+    most = largest_group(joined)
+    if before <= n / 2 < most:
+        say(f'near duplicates: from a cosine of {threshold} on, {most:,} of {n:,} vectors are one '
+            'group; a higher threshold joins fewer')
+    return joined

@@ -44,7 +44,7 @@ from .features import SAMPLE_RATE, LogMel, build_store
 from .loss import max_margin
 from .metrics import (DIRECTIONS, KS, holm, interval, paired_test, retrieval,
                           retrieval_from_similarity)
-from .mining import mine, near_duplicates, unit_vectors
+from .mining import largest_group, mine, near_duplicates, unit_vectors
 from .soundscapes import compose, tagging_corpus
 from .training import (Pairs, Trainer, ancillary_vectors, curriculum_stages, embed, fit_tagger,
                            joint_stages, mean_average_precision, tokens_of)
@@ -1632,8 +1632,14 @@ def mine_command(vectors:str = typer.Argument(..., help='.npy file, (N, d) numbe
     apart = read_table(groups, 'groups') if groups else None
     x = unit_vectors(read_table(vectors, 'vectors')).to(device())
     if alike is not None: apart = near_duplicates(x, alike, apart)
+    if alike is not None and (most := largest_group(apart)) > len(x) / 2:
+        say(f'{most} of {len(x)} vectors are one group at a cosine of {alike}: nearly everything '
+            'is alike; give a higher --near-duplicates')
     found = mine(x, batch_size, kind, seed=seed, epoch=epoch, groups=apart, sweeps=sweeps,
                  rounds=rounds)
+    if found.spread:
+        say(f'{found.spread} groups have more members than there are batches '
+            f'({len(found.batches)}): they are spread as far as they go')
     if out:
         with atomic_path(out) as tmp, open(tmp, 'wb') as f: np.save(f, found.batches)
     tell(found.summary(bound) | (dict(out=out) if out else {}), as_json)
@@ -1771,8 +1777,12 @@ def doctor_command(as_json:bool = typer.Option(False, '--json', help='for machin
     print('\nThe profiles smoke and mini need nothing that is missing above but the first five.')
 
 # %% ../nbs/11_reproduce.ipynb #6380fa07
+_FOLDERS = 'CMLF_RUNS', 'CMLF_CACHE', 'CMLF_ESC_DIR', 'CMLF_AUDIOCAPS_CSV', 'CMLF_PANNS'
+
 def run_command(arguments=None) -> int: # exit code
     "Run the `cmlf` command; bad input is one line on stderr and 2."
+    for name in _FOLDERS: # a notebook runs in another folder
+        if os.environ.get(name): os.environ[name] = absolute(os.environ[name])
     try: return app(arguments, standalone_mode=False) or 0
     except CmlfError as e: message = str(e)
     except (KeyboardInterrupt, typer.Abort):

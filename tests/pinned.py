@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 FILE = Path(__file__).with_name('pinned.json')
 
 PARTS = {   # a part of a module by the names of its definitions; other rooms are whole modules
-    'batches': ('mining', 'mine mine_random Task unit_vectors _search _labels separate _separate _together choose_dropped KINDS'.split()),
+    'batches': ('mining', 'mine mine_random Task unit_vectors _search _labels _keep_apart spread_groups _weights separate _separate _together choose_dropped KINDS'.split()),
     'reproduce': ('reproduce', 'fit new_model trained vectors pretrain fit_experts fit_ce _features_on_disk store pairs key _key contents '
                                'parents relevant run_profile corpus log_mel Lab'.split())}
 

@@ -1,11 +1,15 @@
 "Batches are a partition whatever is mined, bounds hold whatever is brought, and bad input is one clear line."
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from cmlf import mining
 from cmlf.core import KINDS, CmlfError, rng
@@ -42,12 +46,18 @@ def partitions(items, b):
         yield from ([[items[0], *rest], *p] for p in partitions(left, b))
 
 
+def too_many(groups, batch, m):
+    "Whether more than ceil(n / M) of a group of n share the batch."
+    size, here = np.bincount(groups), np.bincount(groups[batch], minlength=max(groups) + 1)
+    return (here > -(-size // m)).any()
+
+
 def truth(x, b, groups=None):
     "Lowest and highest mean in-batch cosine of all partitions, of every choice of the dropped."
     n, w, values = len(x), (x @ x.T).double().numpy(), []
     for kept in itertools.combinations(range(n), n - n % b):
         for p in partitions(list(kept), b):
-            if groups is not None and any(len({groups[i] for i in some}) < b for some in p): continue
+            if groups is not None and any(too_many(groups, some, n // b) for some in p): continue
             cos = [w[np.ix_(some, some)].sum() - np.trace(w[np.ix_(some, some)]) for some in p]
             values.append(sum(cos) / len(p) / b / (b - 1))
     return min(values), max(values)
@@ -171,6 +181,168 @@ def test_groups_cost_little():
     assert apart > free - .05
 
 
+def classes(n, k, seed):
+    "Labels of k classes, of uneven size."
+    r = rng(seed, 'classes', n, k)
+    return r.choice(k, n, p=r.dirichlet(np.ones(k)))
+
+
+def check_spread(found, groups, n, b):
+    check_partition(found, n, b)
+    groups, m = np.unique(groups, return_inverse=True)[1], n // b
+    assert not any(too_many(groups, some, m) for some in found.batches)
+    assert found.spread == (np.bincount(groups) > m).sum()
+    assert found.summary(bound=False).get('spread', 0) == found.spread
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=seeds, kind=st.sampled_from(KINDS), n=st.integers(2, 70), b=st.integers(2, 12), k=st.integers(1, 6),
+       equal=st.booleans())
+def test_large_groups_are_spread(seed, kind, n, b, k, equal):
+    if n < b: return
+    groups = classes(n, k, seed)
+    x = vectors(k, seed=seed)[groups] if equal else vectors(n, seed=seed)
+    found = mine(x, b, kind, groups=5 * groups - 7, seed=seed, sweeps=2)
+    check_spread(found, groups, n, b)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('n, b, size', [
+    (40, 8, [40]), (43, 8, [43]), (16, 16, [16]), (17, 16, [9, 8]), (33, 16, [33]), (39, 16, [20, 18, 1]),
+    (64, 8, [16] * 4), (64, 32, [32, 32]), (63, 8, [30, 20, 10, 3]), (64, 2, [63, 1]), (90, 9, [11] * 8 + [2])])
+def test_extreme_groups(kind, n, b, size):
+    groups = np.repeat(np.arange(len(size)), size)
+    for x in (clusters(n), clusters(len(size))[groups]): # all members of a group alike
+        check_spread(mine(x, b, kind, groups=groups, sweeps=3), groups, n, b)
+
+
+def test_four_names_for_64_clips():
+    groups = np.arange(64) % 4
+    x = clusters(64)
+    for kind in KINDS:
+        found = mine(x, 8, kind, groups=groups)
+        assert found.spread == 4 and (np.sort(groups[found.batches], 1) == np.repeat(np.arange(4), 2)).all()
+    a, b, other = (mine(x, 8, 'hard', groups=groups, seed=s).batches for s in (0, 0, 1))
+    assert (a == b).all() and (a != other).any()
+
+
+def test_groups_that_fit_are_left_alone():
+    labels = torch.from_numpy(classes(60, 9, 0))
+    most = int(labels.bincount().max())
+    assert mining.spread_groups(labels, most, rng(0)) is labels
+    parts = mining.spread_groups(labels, 4, rng(0))
+    assert parts.bincount().max() <= 4 and len(parts.unique()) == (-(-labels.bincount() // 4)).sum()
+    pairs = torch.stack([labels, parts], 1).unique(dim=0)
+    assert len(pairs) == len(parts.unique()) # every part is of one group
+    found = mine(clusters(60), 10, 'easy', groups=np.arange(60) // 2)
+    assert found.spread == 0 and 'spread' not in found.summary()
+
+
+@pytest.mark.parametrize('n, b', [(8, 2), (8, 4), (9, 4), (10, 3)])
+def test_bounds_hold_for_spread_groups(n, b):
+    for seed in range(6):
+        x, groups = vectors(n, 3, seed), np.minimum(rng(seed, 'large').permutation(n) // 2, 1)
+        lowest, highest = truth(x, b, groups)
+        hard, easy = mine(x, b, 'hard', groups=groups), mine(x, b, 'easy', groups=groups)
+        assert hard.spread and hard.mean_similarity < highest + 1e-6 < hard.bound + 2e-6
+        assert easy.spread and easy.mean_similarity > lowest - 1e-6 > easy.bound - 2e-6
+        assert hard.bound_is == 'proof'
+
+
+def test_pairs_that_never_meet_are_not_listed(monkeypatch):
+    x, groups = clusters(60, seed=1)[np.arange(600) % 60], np.arange(600) % 60 # each ten times
+    u = torch.full((600,), .4)
+    pairs = mining.close_pairs(x, u, 0., torch.from_numpy(groups))
+    assert len(pairs) < len(mining.close_pairs(x, u, 0.))
+    assert (groups[pairs // 600] != groups[pairs % 600]).all()
+    found = mine(x, 10, 'hard', groups=groups, sweeps=2)
+    assert found.mean_similarity < found.bound < 1
+
+
+def test_random_batches_in_tight_groups_take_no_cosines(monkeypatch):
+    groups = np.repeat(np.arange(36), 100)
+    monkeypatch.setattr(mining, 'weigh_for', lambda *a: torch.zeros_like)
+    labels = torch.from_numpy(groups)
+    x = torch.full((3600, 4), torch.nan) # any cosine would be seen
+    task = mining.Task(x, 112, 32, labels, rng(0), torch.zeros_like, 0)
+    batches, _ = mining.mine_random(task)
+    mining.separate(task, batches)
+    assert not any(too_many(groups, some, 112) for some in batches.numpy())
+
+
+def test_batches_do_not_depend_on_bf16(monkeypatch):
+    x, found = clusters(4200, 64), []
+    for low in (False, True):
+        monkeypatch.setenv('CMLF_BF16', str(int(low)))
+        monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: dict(avx512_bf16=low))
+        found.append(mine(x, 32, 'hard', sweeps=3))
+    assert (found[0].batches == found[1].batches).all()
+
+
+# ---- near duplicates
+
+def by_definition(x, threshold, groups):
+    "Connected components of the graph of close pairs and groups, by smallest label."
+    a, b = ((x @ x.T) >= threshold).numpy().nonzero()
+    _, label = np.unique(groups, return_inverse=True)
+    graph = coo_matrix((np.ones(len(a)), (label[a], label[b])), shape=(len(x), len(x)))
+    return np.unique(connected_components(graph, directed=False)[1][label], return_inverse=True)[1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, n=st.integers(1, 300), d=st.integers(1, 6), threshold=st.floats(-1, 1),
+       most=st.sampled_from([0, 1, 20, 2**20]), grouped=st.booleans())
+def test_near_duplicates_by_definition(seed, n, d, threshold, most, grouped):
+    x = vectors(n, d, seed)
+    groups = rng(seed, 'g').integers(n, size=n) if grouped else np.arange(n)
+    label = torch.from_numpy(np.unique(groups, return_inverse=True)[1])
+    joined = mining._joined(x, threshold, label, most).unique(return_inverse=True)[1].numpy()
+    expected = by_definition(x, threshold, groups)
+    assert (joined == expected).all()
+    labels = mining.near_duplicates(x, threshold, groups - 5)
+    assert (labels == by_definition(unit_vectors(x), threshold, groups)).all()
+
+
+def test_near_duplicates_across_tiles():
+    x = torch.cat([clusters(9000, seed=1), vectors(100, 16)])
+    x = x[torch.from_numpy(rng(0, 'mixed').permutation(9100))]
+    x = unit_vectors(x)
+    assert (mining.near_duplicates(x, .93) == by_definition(x, .93, np.arange(9100))).all()
+
+
+def test_near_duplicates_along_a_path():
+    a = np.linspace(0, 3, 3000)[rng(0, 'path').permutation(3000)]
+    x = np.stack([np.cos(a), np.sin(a)], 1)
+    assert mining.largest_group(mining.near_duplicates(x, .99999)) == 3000 # each near the next alone
+
+
+MEMORY = """
+import resource, numpy as np
+from cmlf.mining import near_duplicates
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+x = 1 + .001 * np.random.default_rng(0).normal(size=(8000, 8))
+near_duplicates(x[:100], .9)
+before = peak()
+assert (near_duplicates(x, .9) == 0).all()
+print(peak() - before)
+"""
+
+def test_memory_does_not_grow_with_the_number_of_pairs():
+    told = subprocess.run([sys.executable, '-c', MEMORY], capture_output=True, text=True, check=True)
+    assert float(told.stdout) < .4 # GB; all 32 million pairs would take more than 1
+
+
+def test_one_group_of_most_vectors_is_said(capsys):
+    x = clusters(300)
+    labels = mining.near_duplicates(x, -1)
+    assert mining.largest_group(labels) == 300
+    assert '300 of 300 vectors are one group' in capsys.readouterr().err
+    mining.near_duplicates(x, .9999)
+    mining.near_duplicates(x, .9999, np.zeros(300, int)) # of the caller's own making
+    assert not capsys.readouterr().err
+    assert mine(x, 10, 'hard', groups=labels, sweeps=2).spread == 1 and not capsys.readouterr().err
+
+
 def test_near_duplicates():
     x = clusters(300)
     x = torch.cat([x, x[:40] + 1e-4])
@@ -273,7 +445,7 @@ nothing = good.clone(); nothing[9] = 0
     (broken, {}, 'vector 7 of 40 is not finite'),
     (endless, {}, 'vector 8 of 40 is not finite'),
     (nothing, {}, 'vector 9 of 40 is all zeros'),
-    (good[:5], {}, '5 vectors do not fill a batch of 8'),
+    (good[:5], {}, '5 vectors do not fill a batch of 8: give more, or a smaller batch_size (--batch-size)'),
     (good[0], {}, 'shape'),
     (good[None], {}, 'shape'),
     (good[:, :0], {}, 'shape'),
@@ -287,18 +459,24 @@ nothing = good.clone(); nothing[9] = 0
     (good, dict(sweeps=-1), 'sweeps=-1'),
     (good, dict(sweeps=1.5), 'sweeps=1.5'),
     (good, dict(sweeps='ten'), "sweeps='ten'"),
-    (good, dict(groups=np.zeros(40, int)), 'group 0 has 40 members for 5 batches'),
     (good, dict(groups=np.arange(39)), 'groups of shape'),
     (good, dict(groups=np.arange(40)[:, None]), 'groups of shape'),
     (good, dict(groups=np.arange(40) / 2), 'groups of type float64'),
     (good, dict(groups=['a'] * 40), 'groups of type'),
-    (good, dict(groups=[[0], [1, 2]] * 20), 'one whole number a vector'),
+    (good, dict(groups=[[0], [1, 2]] * 20), 'one whole number for each vector'),
     (good, dict(seed='a'), "seed='a'"),
     (good, dict(epoch=1.5), 'epoch=1.5'),
 ])
 def test_bad_input(x, settings, says):
     with pytest.raises(CmlfError) as error: mine(x, **dict(dict(batch_size=8, kind='hard'), **settings))
     assert says in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('groups', [np.arange(39), np.arange(40) / 2, ['a'] * 40, [[0], [1, 2]] * 20])
+def test_groups_are_refused_for_all_readers(groups):
+    for ask in (lambda: mine(good, 8, 'hard', groups=groups), lambda: mining.near_duplicates(good, .9, groups)):
+        with pytest.raises(CmlfError, match=r'or no groups \(--groups\)') as error: ask()
+        assert 'None' not in str(error.value)
 
 
 def test_a_tree_of_many_grows_on_their_shadow():
@@ -378,6 +556,10 @@ def test_tables_of_any_make(table):
     assert torch.allclose(unit_vectors(table(x)), unit_vectors(x), atol=1e-5)
 
 
-@pytest.mark.parametrize('threshold', [2, 'x', float('nan')])
+@pytest.mark.parametrize('threshold', [2, 'x', float('nan'), None, True])
 def test_bad_threshold(threshold):
     with pytest.raises(CmlfError, match='should be a cosine'): mining.near_duplicates(clusters(20), threshold)
+
+
+@pytest.mark.parametrize('threshold', [1, np.float32(.5), np.float64(.5)])
+def test_thresholds_of_any_make(threshold): assert len(mining.near_duplicates(clusters(20), threshold)) == 20

@@ -127,6 +127,9 @@ def test_mine_your_own_vectors(tmp_path):
     assert facts['objective'] <= facts['bound'] and facts['gap'] == pytest.approx(facts['bound'] - facts['objective'])
     assert_refused(cmlf('mine', vectors, '--kind', 'hardest'), 'hardest', 'hard')
     assert_refused(cmlf('mine', vectors, '--out', tmp_path/'batches.csv'), 'batches.csv', '.npy')
+    np.save(vectors, np.ones((64, 3)) + 1e-3 * np.random.default_rng(0).normal(size=(64, 3)))
+    alike = cmlf('mine', vectors, '--batch-size', 16, '--near-duplicates', 0.9, '--no-bound', '--json')
+    assert alike.returncode == 0 and '64 of 64 vectors are one group' in alike.stderr and json.loads(alike.stdout)['spread'] == 1
     np.save(vectors, np.full((40, 3), np.nan))
     assert_refused(cmlf('mine', vectors), 'vector 0', 'not finite')
 
