@@ -1173,18 +1173,11 @@ def near_duplicates(x, # (N, d) vectors
                     threshold:float, # cosine from which two say the same
                     groups=None, # (N,) labels to begin with
                    ) -> np.ndarray:
-    """(N,) int64 labels: those of `groups`, joined where two vectors have a cosine of `threshold`.
-    Says so where that joins more than half of the vectors."""
+    "(N,) int64 labels: those of `groups`, joined where two vectors have a cosine of `threshold`."
     x = unit_vectors(x)
     if isinstance(threshold, bool) or not isinstance(threshold, Real) or not -1 <= threshold <= 1:
         raise CmlfError('threshold (--near-duplicates) should be a cosine, from -1 to 1, '
                         f'not {threshold!r}')
-    n, label = len(x), _labels(groups, len(x), x.device)
-    if label is None: label = torch.arange(n, device=x.device)
-    before = largest_group(label.cpu())
-    joined = _joined(x, float(threshold), label).unique(return_inverse=True)[1].cpu().numpy()
-    most = largest_group(joined)
-    if before <= n / 2 < most:
-        say(f'near duplicates: from a cosine of {threshold} on, {most:,} of {n:,} vectors are one '
-            'group; a higher threshold joins fewer')
-    return joined
+    label = _labels(groups, len(x), x.device)
+    if label is None: label = torch.arange(len(x), device=x.device)
+    return _joined(x, float(threshold), label).unique(return_inverse=True)[1].cpu().numpy()
