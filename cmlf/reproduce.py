@@ -931,7 +931,7 @@ def _numbers_of(frame, column): # a dash is a gap
 def stage_figure(frame:pd.DataFrame): # Table II
     "R@1 after each stage, ours and the paper's, both directions."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(8, 2.8), sharey=True, layout='constrained')
+    fig, axes = plt.subplots(1, 2, figsize=(10, 2.8), sharey=True, layout='constrained')
     for ax, d, title in zip(axes, ('t2a', 'a2t'), ('text to audio', 'audio to text')):
         for i, (audio, part) in enumerate(frame.groupby('audio_encoder', sort=False)):
             ax.plot(part.stage.astype(int), _numbers_of(part, f'{d}_r1'), 'o-', color=f'C{i}',
@@ -941,7 +941,8 @@ def stage_figure(frame:pd.DataFrame): # Table II
             ax.plot(part.stage.astype(int), _numbers_of(part, f'paper_{d}_r1'), 's:',
                     color=f'C{i}', alpha=0.5, label=f'{audio}, paper')
         ax.set(title=title, xlabel='after stage', xticks=[1, 2, 3])
-    axes[0].set(ylabel='R@1 (%)'); axes[1].legend(fontsize=8)
+    axes[0].set(ylabel='R@1 (%)')
+    fig.legend(*axes[1].get_legend_handles_labels(), loc='outside right center', fontsize=8)
     return fig
 
 # %% ../nbs/11_reproduce.ipynb #1e1a29e3
