@@ -838,8 +838,8 @@ def show_table(self:Report) -> pd.DataFrame:
         notes = self.notes(frame)
         write_table(frame, self.number, self.out/name, title, notes)
         self.tables.append(dict(name=name, title=title, notes=notes))
-        if not first: shown = pretty(frame, self.number)
-    return shown
+        if not first: self.frame = frame
+    return pretty(self.frame, self.number)
 
 # %% ../nbs/11_reproduce.ipynb #179ac407
 _CLAIMS_NOTE = ('Differences in mean recall (R@1, R@5, R@10, both directions), in points, with 95 % '
