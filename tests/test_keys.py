@@ -20,7 +20,7 @@ def test_changed_code_has_a_new_version_or_a_reason(room):
     known = pinned.read()[room]
     assert len(known['why'].split()) >= 4, f'{room}: say in a sentence why its hash is what it is'
     assert (known['version'], known['hash']) == (reproduce.RUN_VERSION[room], pinned.code_hash(room)), (
-        f'the code of {room} changed. If a run would now give other results, raise RUN_VERSION[{room!r}] in nbs/11_reproduce.ipynb. '
+        f'the code of {room} changed. If a run would now give other results, raise RUN_VERSION[{room!r}] in nbs/19_reproduce.ipynb. '
         f'Then: python tests/pinned.py {room} "why results change, or why they stay the same"')
 
 def test_comments_and_docstrings_do_not_count(tmp_path):
