@@ -1,13 +1,16 @@
 # Two commands: `make tables` regenerates Tables I-III on the embedded corpus, `make test` passes the tests.
-# Each creates the environment in .venv first; nothing but Python 3.11 and make is needed.
-PYTHON ?= python3.11
+# Each creates the environment in .venv first; nothing but Python (3.11, 3.12 or 3.13) and make is needed.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3 python3.12 python3.13,$(if $(shell $(p) -c '$(SUPPORTED)' 2>/dev/null && echo yes),$(p))))
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 EVENTS ?= $(CMLF_ESC_DIR)
 ARGS   ?=
 BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip install -q -c constraints.txt
+SITE   := _site
 
 CAPTIONS ?= $(CMLF_AUDIOCAPS_CSV)
 
-.PHONY: tables field test lab rehearsal mining export clean
+.PHONY: tables field test lint lab rehearsal mining export notebooks site serve hooks constraints clean
 
 tables: .venv/installed
 	$(BIN)/cmlf reproduce --profile mini $(ARGS)
@@ -19,6 +22,10 @@ field: .venv/installed
 test: .venv/dev
 	cd nbs && OMP_NUM_THREADS=1 ../$(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# names that do not resolve, imports that nobody uses, and other errors that can be seen without running
+lint: .venv/dev
+	$(BIN)/ruff check
 
 lab: .venv/lab
 	$(BIN)/jupyter lab nbs/index.ipynb
@@ -33,25 +40,54 @@ mining: .venv/dev
 	@test -n "$(CAPTIONS)" || { echo "make mining: say where the AudioCaps csv files are: make mining CAPTIONS=/path/to/csv_files" >&2; exit 2; }
 	$(BIN)/python benchmarks/mining.py --captions "$(CAPTIONS)"
 
-# after editing a notebook
+# after editing a notebook: write the modules, clean the notebooks
 export: .venv/dev
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
 
+# execute the notebooks whose code changed (or those of ARGS: make notebooks ARGS="03_data 07_mining", or ARGS=--all)
+notebooks: .venv/dev
+	$(BIN)/python tools/notebooks.py $(ARGS)
+
+# the documentation, as a folder of pages that need nothing from elsewhere
+site: .venv/site
+	$(BIN)/python -m mkdocs build --strict --quiet --site-dir $(SITE)
+	$(BIN)/python tools/links.py $(SITE)
+
+serve: .venv/site
+	$(BIN)/python -m mkdocs serve
+
+# before a commit: ruff, and notebooks cleaned on save in Jupyter
+hooks: .venv/dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_install_hooks
+	$(BIN)/pre-commit install
+
 .venv/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "Python 3.11 is needed: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed, and none was found: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@$(PYTHON) -c '$(SUPPORTED)' || { echo "Python 3.11, 3.12 or 3.13 is needed, not $(PYTHON): make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 
-.venv/installed: .venv/bin/python pyproject.toml
-	$(BIN)/python -m pip install -q -e .
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e .
 	@touch $@
 
 .venv/dev: .venv/installed
-	$(BIN)/python -m pip install -q -e '.[dev,data]'
+	$(PIP) -e '.[dev,data,words]'
+	@touch $@
+
+.venv/site: .venv/dev
+	$(PIP) -e '.[dev,data,words,site]'
 	@touch $@
 
 .venv/lab: .venv/dev
-	$(BIN)/python -m pip install -q -e '.[dev,data,lab]'
+	$(PIP) -e '.[dev,data,words,lab]'
 	@touch $@
 
+# newer versions of everything: a fresh environment without constraints, frozen
+constraints: .venv/bin/python
+	rm -rf .venv-new && $(BIN)/python -m venv .venv-new
+	.venv-new/bin/python -m pip install -q -e '.[dev,data,words,lab,site]'
+	{ grep '^#' constraints.txt; .venv-new/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; grep ';' constraints.txt; } > constraints.new
+	mv constraints.new constraints.txt && rm -rf .venv-new
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-new .cache $(SITE) runs

@@ -1,10 +1,12 @@
 "Files that tell the same thing tell it alike: dependencies in three of them, numbers in README and reports."
-import configparser, io, json, re, tomllib
+import ast, configparser, io, json, os, re, sys, tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from cmlf.core import committed
 
@@ -16,18 +18,63 @@ def ini(key):
     parser.read(ROOT/'settings.ini')
     return sorted(parser['DEFAULT'][key].split())
 
+def extras() -> dict: return project['optional-dependencies']
+
+def every_requirement() -> list: return project['dependencies'] + sum(extras().values(), [])
+
+def name_of(requirement): return re.split(r'[^\w.-]', requirement)[0].lower().replace('_', '-')
+
+def pinned() -> dict:
+    lines = [l.split(';')[0] for l in (ROOT/'constraints.txt').read_text().splitlines() if l and l[0] != '#']
+    assert all(re.fullmatch(r'[\w.-]+==\S+', l.strip()) for l in lines)
+    return {name_of(l): l.split('==')[1].strip() for l in lines}
+
 def test_settings_ini_agrees_with_pyproject():
     assert ini('requirements') == sorted(project['dependencies'])
-    extras = project['optional-dependencies']
-    assert set(extras) == {'dev', 'lab', 'data'}
-    for name, wanted in extras.items(): assert ini(f'{name}_requirements') == sorted(wanted)
+    for name, wanted in extras().items(): assert ini(f'{name}_requirements') == sorted(wanted)
+    assert ini('console_scripts') == [f'{k}={v}' for k, v in project['scripts'].items()]
 
-def test_environment_yml_agrees_with_pyproject():
+def test_a_library_asks_for_lower_bounds_and_constraints_hold_the_versions():
+    assert not [r for r in every_requirement() if '==' in r]
+    versions = pinned()
+    for r in map(Requirement, every_requirement()): assert r.specifier.contains(versions[name_of(r.name)]), r
+
+def test_installed_versions_are_the_tested_ones():
+    if not os.environ.get('CI'): pytest.skip('whoever works on their own machine may have other versions')
+    got = {name_of(r.name): version(r.name) for r in map(Requirement, project['dependencies'])}
+    assert {n: v.split('+')[0] for n, v in got.items()} == {n: pinned()[n] for n in got}
+
+def test_every_import_of_the_library_is_a_dependency():
+    "scikit-learn is imported as sklearn, and so on; extras are imported where they are used, with a message."
+    known = {name_of(r) for r in project['dependencies']} | {'sklearn', 'cmlf', 'jupyter-client', 'nbformat', 'ipython', 'huggingface-hub'}
+    known |= {'h5py', 'pyarrow', 'gensim'} | {name_of(n) for n in sys.stdlib_module_names}
+    for path in (ROOT/'cmlf').rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level: names = [node.module]
+            assert {name_of(n.split('.')[0]) for n in names} <= known, path.name
+
+def test_extras_are_imported_late():
+    "`import cmlf.x` works without them."
+    for path in (ROOT/'cmlf').rglob('*.py'):
+        top = re.findall(r'^(?:import|from) (\w+)', path.read_text(), re.M)
+        assert not {'h5py', 'pyarrow', 'gensim', 'nbdev', 'pytest'} & set(top), path.name
+
+def test_environment_yml_installs_the_package_with_the_tested_versions():
     env = yaml.safe_load((ROOT/'environment.yml').read_text())['dependencies']
-    pip = next(d['pip'] for d in env if isinstance(d, dict))
-    wanted = project['dependencies'] + sum(project['optional-dependencies'].values(), [])
-    assert sorted(p for p in pip if not p.startswith('-')) == sorted(wanted)
-    assert 'python=3.11' in env
+    constraints, package = next(d['pip'] for d in env if isinstance(d, dict))
+    assert constraints == '-c constraints.txt'
+    assert set(re.fullmatch(r'-e \.\[(.*)\]', package)[1].split(',')) == set(extras())
+    assert f'python{project["requires-python"]}' in env
+
+def test_pre_commit_uses_the_tested_ruff():
+    hooks = yaml.safe_load((ROOT/'.pre-commit-config.yaml').read_text())['repos']
+    asked = [d for repo in hooks for hook in repo['hooks'] for d in hook.get('additional_dependencies', [])]
+    assert f'ruff=={pinned()["ruff"]}' in asked
+
+def test_the_package_says_that_it_is_typed_and_carries_its_templates():
+    data = tomllib.loads((ROOT/'pyproject.toml').read_text())['tool']['setuptools']['package-data']['cmlf']
+    assert set(data) == {'py.typed', 'templates/*'} and (ROOT/'cmlf/py.typed').exists()
 
 def test_version_is_one():
     parser = configparser.ConfigParser(interpolation=None)
