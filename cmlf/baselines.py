@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from .core import CmlfError, atomic_path, autocast, content_hash, device, one_of, rng, say
+from .core import CmlfError, atomic_path, autocast, content_hash, device, log, one_of, rng
 from .loss import check_losses, max_margin
 from .metrics import retrieval_from_similarity
 
@@ -581,7 +581,7 @@ def own_experts(corpus, # `Corpus` of training sounds with tags
             torch.manual_seed(seed)
             nets[name] = EXPERTS[name](width)
             losses = train_tagger(nets[name], x, corpus.tag_matrix, epochs, seed=seed, amp=amp)
-        say(f'expert {name}: tagging loss {losses[0]:.3f} to {losses[-1]:.3f} in {epochs} epochs')
+        log(f'expert {name}: tagging loss {losses[0]:.3f} to {losses[-1]:.3f} in {epochs} epochs')
     return nets
 
 # %% ../nbs/12_baselines.ipynb #8a5f8c9d
@@ -757,7 +757,7 @@ def train_ce(train, val, test, # corpora, or anything with `captions`, `owner` a
              words, # `Words`
              settings:CESettings=CESettings(), seed:int=0,
              checkpoint=None, # file to resume from and to keep the run in; None: none is kept
-             log=say, # takes one line an epoch
+             log=log, # takes one line an epoch
             ) -> CEResult:
     "Train CE, or MoEE with `use_ce=False`, and score the test split once with the best epoch."
     parts, dims = _parts(dict(train=train, val=val, test=test), experts, words, settings)

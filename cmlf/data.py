@@ -22,7 +22,7 @@ import soundfile as sf
 from fastcore.basics import patch
 
 from .core import (CmlfError, Progress, atomic_path, cache_folder, content_hash, file_hash,
-                       one_of, read_json, say, write_json)
+                       one_of, read_json, log, write_json)
 from .features import N_FFT, SAMPLE_RATE, load_audio, probe_audio
 
 # %% ../nbs/03_data.ipynb #18770c0e
@@ -926,7 +926,7 @@ def _unpack(file, folder) -> list:
     if stat.st_size > free:
         raise CmlfError(f'{file}: its sound needs {stat.st_size / 1e9:.1f} GB in {folder}, '
                         f'{free / 1e9:.1f} are free; set CMLF_CACHE to another disk')
-    say(f'{file}: copying {stat.st_size / 1e9:.2f} GB of sound to {folder}, once')
+    log(f'{file}: copying {stat.st_size / 1e9:.2f} GB of sound to {folder}, once')
     write_json(index, names := _copy_out(file, folder))
     return names
 
@@ -1094,7 +1094,7 @@ def _keep(ledger, file, top):
     if not ledger.used.any():
         raise CmlfError(f'{top}: none of {len(ledger)} clips has usable sound, e.g. '
                         f'{ledger.id[0]}: {ledger.reason[0]}; give the right folder with audio=')
-    say(f'{_summary(ledger)}; ledger: {file}')
+    log(f'{_summary(ledger)}; ledger: {file}')
 
 # %% ../nbs/03_data.ipynb #f9a7491e
 def load_corpus(path, # folder of a corpus, or a manifest
@@ -1109,7 +1109,7 @@ def load_corpus(path, # folder of a corpus, or a manifest
     name = _corpus_name(kind, path, entries)
     about = ', '.join(filter(None, (f'{name}, layout {kind.name}', *_caveats(entries, tables))))
     if audio is False:
-        say(f'{path}: {about}')
+        log(f'{path}: {about}')
         return Corpus(name, map(_clip_of, entries), _read_nothing, seconds, about=about)
     top = top if audio is None else Path(audio).expanduser().absolute()
     if not top.is_dir(): raise CmlfError(f'{top}: no such folder of sound; give one with audio=')
@@ -1117,7 +1117,7 @@ def load_corpus(path, # folder of a corpus, or a manifest
     if name == 'audiocaps': shortest = LAYOUTS['audiocaps'].shortest
     ledger = make_ledger(entries, located, seconds, shortest, cache_folder()/'looks.jsonl')
     _keep(ledger, cache_folder()/f'{name}-{content_hash(str(path), str(top))}-ledger.csv', top)
-    say(f'{path}: {about}')
+    log(f'{path}: {about}')
     used = list(ledger.used)
     clips = [_clip_of(e, p) for e, p, u in zip(entries, ledger.path, used) if u]
     missing = [_clip_of(e) for e, u in zip(entries, used) if not u]

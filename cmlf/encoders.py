@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as nnf
 
-from .core import CmlfError, Profile, atomic_path, file_hash, one_of, write_json
+from .config import Profile
+from .core import CmlfError, atomic_path, file_hash, one_of, write_json
 from .features import N_MELS, LogMel
 
 with warnings.catch_warnings():
@@ -558,9 +559,9 @@ class DualEncoder(nn.Module):
     @classmethod
     def from_profile(cls, p:Profile) -> 'DualEncoder':
         "The towers of a profile, before any PANNs weights."
-        audio = ResNet38(p.width, p.dropout, p.block_dropout, p.spec_augment)
-        text = TextEncoder(p.text_model, p.text_pool, p.dropout, p.train_word_table)
-        return cls(audio, text, p.joint_dim, p.head_hidden)
+        audio = ResNet38(p.audio.width, p.audio.dropout, p.audio.block_dropout, p.audio.spec_augment)
+        text = TextEncoder(p.text.text_model, p.text.text_pool, p.audio.dropout, p.text.train_word_table)
+        return cls(audio, text, p.joint.joint_dim, p.joint.head_hidden)
 
     def embed_audio(self, x):
         "Log-mels (B, frames, 64) dB -> (B, joint_dim), float32, not normalised."

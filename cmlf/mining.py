@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from .core import KINDS, CmlfError, Progress, one_of, prefers_bf16, rng, say
+from .core import KINDS, CmlfError, Progress, one_of, prefers_bf16, rng, log
 
 # %% ../nbs/07_mining.ipynb #d7e91a91
 def _table(rows):
@@ -747,7 +747,7 @@ class Task:
         self.history.append((what, value))
         if now - self.said > 10:
             self.said = now
-            say(f'mining, pass {len(self.history)}, {what}: mean cosine {value:.4f}')
+            log(f'mining, pass {len(self.history)}, {what}: mean cosine {value:.4f}')
         return value
 
 # %% ../nbs/07_mining.ipynb #98d9dc16
@@ -1170,7 +1170,7 @@ def largest_group(labels, # (N,) labels
 
 # %% ../nbs/07_mining.ipynb #ab066e99
 def near_duplicates(x, # (N, d) vectors
-                    threshold:float, # cosine from which two say the same
+                    threshold:float, # cosine from which two log the same
                     groups=None, # (N,) labels to begin with
                    ) -> np.ndarray:
     "(N,) int64 labels: those of `groups`, joined where two vectors have a cosine of `threshold`."

@@ -32,10 +32,10 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 # %% ../nbs/19_reproduce.ipynb #e71d70c0
-from .core import (PATH_SETTINGS, CmlfError, Profile, absolute, atomic_path, autocast, commit,
-                       committed, content_hash, device, expert_files, get_profile, machine,
-                       one_of, path_hash, precision, prefers_bf16, read_json, resolve_paths, rng,
-                       say, seed_everything, versions, write_json, write_text)
+from .config import GROUPS, pick, PATH_SETTINGS, Profile, expert_files, get_profile, resolve_paths
+from .core import (CmlfError, absolute, atomic_path, autocast, commit, committed, content_hash,
+                       device, machine, one_of, path_hash, precision, prefers_bf16, read_json, rng,
+                       log, seed_everything, versions, write_json, write_text)
 from .baselines import (CE, CESettings, encoder_words, extract, load_expert, load_words,
                             own_experts, ranger, train_ce)
 from .data import SPLITS, load_corpus, read_relevance, safe_name, write_corpus
@@ -135,7 +135,7 @@ _TOWERS = ('width dropout block_dropout spec_augment text_model text_pool train_
 _FIT = ('epochs batch_size lr text_lr schedule lr_step clip_norm tau loss hardest amp groups '
         'keep_start ')
 _STAGED = 'budget stage_split restart_schedule freeze_head '
-_MINED = 'curriculum ancillary remine '
+_MINED = 'kinds ancillary remine '
 _READS = dict(
     tagger=_FRONT + 'corpus_seed width dropout block_dropout spec_augment amp batch_size '
            'pretrain_epochs pretrain_scenes pretrain_lr',
@@ -151,7 +151,7 @@ def run_profile(profile, spec:Spec):
 
 def relevant(profile, spec:Spec) -> dict:
     "The settings that a run of `spec` depends on; others can change without undoing it."
-    settings = run_profile(profile, spec).asdict()
+    settings = pick(run_profile(profile, spec), ' '.join(GROUPS))
     reads = _READS[one_of(_kind(spec), _READS, 'kind of run')] + _MINED * spec.chm
     return {k: settings[k] for k in reads.split()}
 
@@ -186,7 +186,7 @@ class Lab:
                  data=None, # corpus on disk, for a profile that reads one
                  only:str=''): # names of runs, with *, that may be trained; '': all
         self.profile, self.data, self.only = resolve_paths(profile), absolute(data), only.split()
-        if profile.corpus == 'recordings': events = events or os.environ.get('CMLF_ESC_DIR')
+        if profile.corpus.source == 'recordings': events = events or os.environ.get('CMLF_ESC_DIR')
         self.events, self.runs = absolute(events), runs_folder(runs)
         self.parts, self.tokens, self._keys = {}, {}, {}
         _check_files(self.profile)
@@ -195,21 +195,21 @@ class Lab:
     def corpus(self):
         "Composed, or read from disk."
         p = self.profile
-        if p.corpus in ('synthesised', 'recordings'): return compose(p, self.events or None)
+        if p.corpus.source in ('synthesised', 'recordings'): return compose(p, self.events or None)
         if not self.data:
             raise CmlfError(f'profile {p.name!r} reads a corpus from disk: say where with --data')
-        found = load_corpus(self.data, p.seconds)
-        if p.corpus == 'manifest': found.name = Path(self.data).stem # no report calls it AudioCaps
+        found = load_corpus(self.data, p.audio.seconds)
+        if p.corpus.source == 'manifest': found.name = Path(self.data).stem # no report calls it AudioCaps
         return found
 
     @cached_property
-    def log_mel(self): return LogMel(hop=self.profile.hop)
+    def log_mel(self): return LogMel(hop=self.profile.audio.hop)
 
 # %% ../nbs/19_reproduce.ipynb #d1534894
 def _check_files(p):
     "Every file that a setting names is there."
-    named = [('panns', p.panns), ('words', p.words),
-             *(('expert_features', f) for f in expert_files(p.expert_features).values())]
+    named = [('panns', p.tagger.panns), ('words', p.ce.words),
+             *(('expert_features', f) for f in expert_files(p.experts.expert_features).values())]
     for key, path in named:
         if path and not Path(path).exists():
             raise CmlfError(f'setting {key}={path!r}: no such file; see `cmlf doctor`')
@@ -219,7 +219,7 @@ def _check_files(p):
 def store(self:Lab, part):
     "The log-mels of a corpus, computed once."
     return build_store(self.runs/'features', part.keys, part.waveform, self.log_mel,
-                       self.profile.seconds)
+                       self.profile.audio.seconds)
 
 @patch
 def check_captions(self:Lab, text):
@@ -253,9 +253,9 @@ def key(self:Lab, spec:Spec) -> str:
 
 def _key(lab, spec):
     parents = [lab.key(s) for s in lab.parents(spec)]
-    if spec.audio == 'pretrained' and lab.profile.panns:
-        parents.append(path_hash(lab.profile.panns))
-    settings = contents(not_default(relevant(lab.profile, spec), Profile().asdict()))
+    if spec.audio == 'pretrained' and lab.profile.tagger.panns:
+        parents.append(path_hash(lab.profile.tagger.panns))
+    settings = contents(not_default(relevant(lab.profile, spec), pick(Profile(), ' '.join(GROUPS))))
     return content_hash(settings, not_default(asdict(spec), asdict(Spec(''))), lab.corpus.hash,
                         {r: RUN_VERSION[r] for r in rooms(spec)}, parents)
 
@@ -264,7 +264,7 @@ def parents(self:Lab, spec:Spec) -> list:
     "Runs that must exist first: a pre-trained start's tagger, the mined baseline, CE's experts."
     if spec.system in ('ce', 'moee'): return [self.spec('experts', seed=spec.seed)]
     before = ([self.spec('tagger', seed=spec.seed)]
-              if spec.audio == 'pretrained' and not self.profile.panns else [])
+              if spec.audio == 'pretrained' and not self.profile.tagger.panns else [])
     # choice 9 of the paper's open ones: vectors come from the baseline with the same start
     return before + ([self.spec('baseline', spec.audio, seed=spec.seed)] if spec.chm else [])
 
@@ -273,7 +273,7 @@ def parents(self:Lab, spec:Spec) -> list:
 def spec(self:Lab, system:str, audio:str='', chm:bool=False, scale:float=1, seed:int=0,
          loss:str='') -> Spec:
     "The spec of a system under this profile, its batch size scaled."
-    return Spec(system, audio, chm, int(self.profile.batch_size * scale), seed, loss)
+    return Spec(system, audio, chm, int(self.profile.batches.batch_size * scale), seed, loss)
 
 _SYSTEMS = {'CE': 'ce', 'MoEE': 'moee', 'ResNet38+BERT': 'baseline', '3CMLF': '3cmlf'}
 _LOCAL = {'local: triplet': 'triplet_max', 'local: hardest k': 'nt_xent_hardest'}
@@ -367,9 +367,9 @@ def _pool_told(lab): # what the run's scores were measured on; a corpus may come
 def train(self:Lab, spec:Spec, going:Path, done:Path):
     "Train `spec` in folder `going`, which becomes `done`."
     start = time.time()
-    log = lambda line: say(f'{self.profile.name} {spec.name}: {line}')
+    note = lambda line: log(f'{self.profile.name} {spec.name}: {line}')
     how = dict(tagger=self.pretrain, experts=self.fit_experts, ce=self.fit_ce, moee=self.fit_ce)
-    about = how.get(spec.system, self.fit)(spec, going, log)
+    about = how.get(spec.system, self.fit)(spec, going, note)
     origin = dict(commit=commit(), versions=versions(), machine=machine(),
                   finished=time.strftime('%Y-%m-%d %H:%M:%S'))
     write_json(going/'run.json', dict(
@@ -377,7 +377,7 @@ def train(self:Lab, spec:Spec, going:Path, done:Path):
         settings=relevant(self.profile, spec), profile=self.profile.asdict(),
         corpus=dict(name=self.corpus.name, hash=self.corpus.hash), pool=_pool_told(self),
         run_version=RUN_VERSION, minutes_last_session=(time.time() - start) / 60,
-        precision=precision(self.profile.amp),
+        precision=precision(self.profile.optimiser.amp),
         **about, **origin))
     (going/'checkpoint.pt').unlink(missing_ok=True)
     os.replace(going, done)
@@ -437,7 +437,7 @@ def new_model(self:Lab, spec:Spec) -> DualEncoder:
     seed_everything(int(rng(spec.seed, 'weights').integers(2**31)))
     model = DualEncoder.from_profile(self.profile)
     if spec.audio == 'pretrained':
-        if self.profile.panns: model.audio.load_panns(self.profile.panns)
+        if self.profile.tagger.panns: model.audio.load_panns(self.profile.tagger.panns)
         else:
             model.audio.load_state_dict(load_file(
                 _where(self, self.spec('tagger', seed=spec.seed))/'model.safetensors'))
@@ -453,10 +453,10 @@ def trained(self:Lab, spec:Spec) -> DualEncoder:
 def vectors(self:Lab, spec:Spec) -> tuple: # (N, d) unit vectors, seconds they took
     "The ancillary vectors a mined run of `spec` uses, kept with the baseline they come from."
     p, base = self.profile, self.spec('baseline', spec.audio, seed=spec.seed)
-    path = self.run(base).folder/f'ancillary_{p.ancillary}.npz'
+    path = self.run(base).folder/f'ancillary_{p.batches.ancillary}.npz'
     if not path.exists():
         start, model = time.monotonic(), self.trained(base).to(device())
-        e = ancillary_vectors(model, self.pairs('train', model), p.ancillary)
+        e = ancillary_vectors(model, self.pairs('train', model), p.batches.ancillary)
         with atomic_path(path) as tmp: np.savez(tmp, e=e, seconds=time.monotonic() - start)
     with np.load(path) as f: return f['e'], float(f['seconds'])
 
@@ -469,9 +469,9 @@ def pretrain(self:Lab, spec:Spec, folder:Path, log) -> dict:
     learn, held = scenes.split('train'), scenes.split('val')
     stores = [self.store(part) for part in (learn, held)]
     seed_everything(int(rng(spec.seed, 'weights').integers(2**31)))
-    trunk = ResNet38(p.width, p.dropout, p.block_dropout, p.spec_augment)
-    head = fit_tagger(trunk, stores[0], learn.tag_matrix, p.pretrain_epochs, p.pretrain_lr,
-                      p.batch_size, spec.seed, p.amp, log)
+    trunk = ResNet38(p.audio.width, p.audio.dropout, p.audio.block_dropout, p.audio.spec_augment)
+    head = fit_tagger(trunk, stores[0], learn.tag_matrix, p.tagger.pretrain_epochs, p.tagger.pretrain_lr,
+                      p.batches.batch_size, spec.seed, p.optimiser.amp, log)
     score = mean_average_precision(trunk, head, stores[1], held.tag_matrix)
     log(f'mAP {score:.3f} on {len(held)} held-out scenes of training sources')
     save_file({k: v.contiguous().cpu() for k, v in trunk.state_dict().items()},
@@ -483,13 +483,13 @@ def pretrain(self:Lab, spec:Spec, folder:Path, log) -> dict:
 def fit_experts(self:Lab, spec:Spec, folder:Path, log) -> dict:
     "Both experts' features of every clip, kept in `experts.npz`; what `run.json` should say of it."
     p, start, nets = self.profile, time.time(), None
-    if not p.expert_features:
-        nets = own_experts(tagging_corpus(p, self.events or None).split('train'), p.expert_width,
-                           p.expert_epochs, spec.seed, p.amp)
+    if not p.experts.expert_features:
+        nets = own_experts(tagging_corpus(p, self.events or None).split('train'), p.experts.expert_width,
+                           p.experts.expert_epochs, spec.seed, p.optimiser.amp)
     arrays = {}
     for split in ('train', 'val', 'test'):
         part = self.corpus.split(split)
-        found = extract(nets, part) if nets else _features_on_disk(p.expert_features, part)
+        found = extract(nets, part) if nets else _features_on_disk(p.experts.expert_features, part)
         for name, (x, there) in found.items():
             arrays |= {f'{split}/{name}/x': x.astype(np.float16), f'{split}/{name}/there': there}
     with atomic_path(folder/'experts.npz') as tmp: np.savez(tmp, **arrays)
@@ -520,13 +520,13 @@ def fit_ce(self:Lab, spec:Spec, folder:Path, log) -> dict:
         experts = {s: {n: (f[f'{s}/{n}/x'].astype(np.float32), f[f'{s}/{n}/there'])
                        for n in _TOKENS} for s in ('train', 'val', 'test')}
     parts = {s: self.corpus.split(s) for s in experts}
-    words = (load_words(p.words, self.corpus.captions) if p.words
-             else encoder_words(TextEncoder(p.text_model)))
-    settings = CESettings(use_ce=spec.system == 'ce', epochs=p.ce_epochs,
-                          batch_size=p.ce_batch_size, lr=p.ce_lr, shared_dim=p.ce_dim)
+    words = (load_words(p.ce.words, self.corpus.captions) if p.ce.words
+             else encoder_words(TextEncoder(p.text.text_model)))
+    settings = CESettings(use_ce=spec.system == 'ce', epochs=p.ce.ce_epochs,
+                          batch_size=p.ce.ce_batch_size, lr=p.ce.ce_lr, shared_dim=p.ce.ce_dim)
     found = train_ce(*parts.values(), experts, words, settings, spec.seed,
                      folder/'checkpoint.pt', log=log)
-    updates = -(-len(parts['train']) // p.ce_batch_size)
+    updates = -(-len(parts['train']) // p.ce.ce_batch_size)
     history = pd.DataFrame(found.history).assign(stage=1, audio_updates=updates,
                                                  text_updates=updates)
     history.rename(columns={'score': 'val'}).to_csv(folder/'history.csv', index=False)
@@ -615,7 +615,7 @@ def table(self:Lab, number:int, # 1, 2 or 3
     "A table of the paper, one row each: ours, the paper's, the pool, the cost."
     rows = [r for r in ROWS if r.table == one_of(number, [1, 2, 3], 'table')]
     label = lambda r: dict(system=r.system, audio_encoder=r.audio, chm=r.chm, stage=r.stage or None,
-                           batch_size=int(self.profile.batch_size * r.scale) if r.audio else None)
+                           batch_size=int(self.profile.batches.batch_size * r.scale) if r.audio else None)
     paper = lambda r: {f'paper_{m}': v for m, v in itertools.zip_longest(METRICS, r.paper)}
     frame = pd.DataFrame([label(r) | _ours(self, r, seeds, first) | paper(r) for r in rows])
     return frame.convert_dtypes()
@@ -800,11 +800,11 @@ def notes(self:Report, frame) -> list:
     if frame.pool_clips.isna().any(): common.append('A dash under ours: that run was left out.')
     if not self.real: common.append("Another corpus and narrower encoders than the paper's: "
                                     "its columns are for orientation.")
-    experts = ('features that were given' if p.expert_features else 'two taggers of our own '
+    experts = ('features that were given' if p.experts.expert_features else 'two taggers of our own '
                '(VGGish- and ResNet-18-shaped), trained on training sources only')
     if self.number != 2:
         common.append('Minutes include every run that a row builds on, each once.')
-    start = ('A stage may return the model it started from (epoch 0).' if p.keep_start else
+    start = ('A stage may return the model it started from (epoch 0).' if p.curriculum.keep_start else
              'A stage returns the best of its own epochs, as in the paper.')
     return common + [note.format(experts=experts, start=start) for note in _NOTES[self.number]]
 
@@ -817,9 +817,9 @@ _BUDGETS = dict(
               'updates as in joint training')
 
 def _budget_note(p):
-    stages = '+'.join(map(str, p.stage_epochs))
-    return (f'Budget {p.budget}: {_BUDGETS[p.budget].format(n=p.epochs)} (stages of {stages} '
-            f'epochs). CE and MoEE: {p.ce_epochs} epochs.')
+    stages = '+'.join(map(str, p.curriculum.stage_epochs))
+    return (f'Budget {p.curriculum.budget}: {_BUDGETS[p.curriculum.budget].format(n=p.curriculum.epochs)} (stages of {stages} '
+            f'epochs). CE and MoEE: {p.ce.ce_epochs} epochs.')
 
 def _seeds_note(seeds, frame):
     used = ' and '.join(sorted(set(frame.precision)))
@@ -1141,9 +1141,9 @@ def write_index(out) -> Path: # folder of a report
     if not records: raise CmlfError(f'{out}: no table was written here; run `cmlf reproduce` first')
     origin, first = provenance(records), next(iter(records.values()))
     write_json(out/'provenance.json', origin)
-    corpus, embed = first['corpus'], first['in_force']['corpus'] == 'synthesised'
+    corpus, embed = first['corpus'], first['in_force']['corpus']['source'] == 'synthesised'
     clips = ', '.join(f'{n:,} {split}' for split, n in corpus['clips'].items())
-    title = (f'3CMLF on {corpus["name"]}' if first['in_force']['corpus'] != 'audiocaps'
+    title = (f'3CMLF on {corpus["name"]}' if first['in_force']['corpus']['source'] != 'audiocaps'
              else '3CMLF on AudioCaps')
     runs = {k: r for rec in records.values() for k, r in rec['runs'].items()}
     page = ''.join([
@@ -1236,7 +1236,7 @@ def jobs_for(profile, # a `Profile`
     "How many runs to train at a time."
     if jobs < 0: raise CmlfError(f'jobs={jobs} should be the number of runs at a time, or 0')
     return jobs or (min(4, os.cpu_count())
-                    if device().type == 'cpu' and profile.width <= 16 else 1)
+                    if device().type == 'cpu' and profile.audio.width <= 16 else 1)
 
 # %% ../nbs/19_reproduce.ipynb #84f5c49c
 @lru_cache(1)
@@ -1272,7 +1272,7 @@ def asked(self:Lab) -> tuple:
 def check(self:Lab, specs):
     "Refuse, before any feature is computed, a corpus that these runs would fail on."
     if any(s.system in ('baseline', '3cmlf') for s in specs):
-        self.check_captions(TextEncoder(self.profile.text_model))
+        self.check_captions(TextEncoder(self.profile.text.text_model))
     for split in SPLITS:
         if split not in self.corpus.splits: self.corpus.split(split) # an error that says so
 
@@ -1283,7 +1283,7 @@ def train_all(self:Lab, specs:list, # parents before children, as `runs_needed` 
     "Train what is not on the shelf, `jobs` runs at a time."
     todo, going = [s for s in specs if not is_done(self, s)], {}
     count = itertools.count(1)
-    tell = lambda spec, total=len(todo): say(
+    tell = lambda spec, total=len(todo): log(
         f'{self.profile.name}: run {next(count)} of {total}, {spec.name}')
     if todo: self.check(todo)
     if jobs == 1 or len(todo) < 2:
@@ -1307,11 +1307,11 @@ def check_needs(lab:Lab, numbers, seeds:int):
     p, asked = lab.profile, runs_needed(lab, numbers, seeds, lambda spec: True)
     if lab.only: asked = [s for s in asked if any(fnmatch(s.name, o) for o in lab.only)]
     systems = {s.system for spec in asked for s in (spec, *lab.parents(spec))}
-    if p.corpus in ('synthesised', 'recordings') or not lab.data: return # --data is asked for first
+    if p.corpus.source in ('synthesised', 'recordings') or not lab.data: return # --data is asked for first
     if 'tagger' in systems:
         raise CmlfError('pre-trained rows start from PANNs weights: give --set panns=FILE (see '
                         "`cmlf doctor`), or leave them out with --only '*scratch* experts* ce* moee*'")
-    if 'experts' in systems and not p.expert_features:
+    if 'experts' in systems and not p.experts.expert_features:
         raise CmlfError('CE and MoEE hear through features on disk: give --set '
                         'expert_features=audio=FILE,'
                         "vggsound=FILE, or leave them out with --only '*scratch* *pretrained*'")
@@ -1324,8 +1324,8 @@ def _table(n:int, asked:dict):
     in_force = read_json(out/f'table{n}.json')['in_force']
     settings = [t for t in asked['settings'].split('; ') if t]
     wanted = resolve_paths(get_profile(asked['profile'], settings)).asdict()
-    files = [in_force[k] for k in ('panns', 'words', 'text_model')]
-    files += expert_files(in_force['expert_features']).values()
+    files = [in_force['tagger']['panns'], in_force['ce']['words'], in_force['text']['text_model']]
+    files += expert_files(in_force['experts']['expert_features']).values()
     hide_paths(executed, [asked['runs'], out, asked['events'], asked['data'], ROOT,
                           *(f for f in files if Path(f).is_absolute())])
     if in_force != wanted:
@@ -1335,8 +1335,8 @@ def _table(n:int, asked:dict):
 def absolute_settings(settings) -> list: # texts KEY=VALUE
     "The same texts with paths made absolute: a notebook runs in another folder."
     pairs = [s.split('=', 1) for s in settings]
-    paths = resolve_paths(Profile(**{k: v for k, v in pairs if k in PATH_SETTINGS}))
-    return [f'{k}={getattr(paths, k) if k in PATH_SETTINGS else v}' for k, v in pairs]
+    paths = resolve_paths(Profile().replace(**{k: v for k, v in pairs if k in PATH_SETTINGS}))
+    return [f'{k}={pick(paths, k)[k] if k in PATH_SETTINGS else v}' for k, v in pairs]
 
 # %% ../nbs/19_reproduce.ipynb #5930dbe8
 def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1,
@@ -1352,7 +1352,7 @@ def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1,
     check_needs(lab, tables, seeds)
     wanted = runs_needed(lab, tables, seeds)
     todo = [s for s in wanted if not is_done(lab, s)]
-    say(f'{profile}: {len(wanted)} runs are needed, {len(wanted) - len(todo)} are stored in '
+    log(f'{profile}: {len(wanted)} runs are needed, {len(wanted) - len(todo)} are stored in '
         f'{lab.runs}')
     lab.train_all(wanted, jobs)
     out = report_folder(profile, out)
@@ -1412,7 +1412,7 @@ _PAPER_CLIPS = dict(train=(49274, 49274), val=(494, 2470), test=(957, 4785))
 
 def _sizes(lab):
     "(clips, captions) of every split; AudioCaps' own where no copy is given."
-    if lab.profile.corpus == 'audiocaps' and not lab.data: return _PAPER_CLIPS
+    if lab.profile.corpus.source == 'audiocaps' and not lab.data: return _PAPER_CLIPS
     parts = {s: lab.corpus.split(s) for s in SPLITS}
     return {s: (len(p), len(p.captions)) for s, p in parts.items()}
 
@@ -1421,10 +1421,10 @@ def _plan_model(p):
     from transformers import BertConfig, BertModel
     try: return DualEncoder.from_profile(p), 16
     except CmlfError as e:
-        say(f'{e}; timing a random BERT-base in its place')
+        log(f'{e}; timing a random BERT-base in its place')
         model = DualEncoder.from_profile(p.replace(text_model='tiny'))
         model.text.model = BertModel(BertConfig(), add_pooling_layer=False)
-        model.text_head[0] = torch.nn.Linear(768, p.head_hidden)
+        model.text_head[0] = torch.nn.Linear(768, p.joint.head_hidden)
         return model, 16
 
 # %% ../nbs/19_reproduce.ipynb #d74b114f
@@ -1440,12 +1440,12 @@ def _seconds(f, repeat=4):
 # %% ../nbs/19_reproduce.ipynb #67b6d064
 def measure_ce(profile) -> dict: # of 'ce' and 'moee'
     "Seconds per clip of a training step of CE and of MoEE, at the reference's shapes."
-    n, dev, per = profile.ce_batch_size, device(), {}
+    n, dev, per = profile.ce.ce_batch_size, device(), {}
     experts = {m: (torch.randn(n, *size, device=dev), torch.ones(n, dtype=torch.bool, device=dev))
                for m, size in _TOKENS.items()}
     words = torch.randn(n, CESettings.max_words, 300, device=dev)
     for name in ('ce', 'moee'):
-        settings = CESettings(use_ce=name == 'ce', shared_dim=profile.ce_dim)
+        settings = CESettings(use_ce=name == 'ce', shared_dim=profile.ce.ce_dim)
         model = CE({m: d for m, (_, d) in _TOKENS.items()}, words.shape[2], settings).to(dev)
         optimiser = ranger(model.parameters(), settings.lr, settings.weight_decay)
         def learn():
@@ -1461,14 +1461,14 @@ def measure(lab:Lab, batch:int=4) -> dict: # clips at a time
     p, dev = lab.profile, device()
     model, words = _plan_model(p)
     model.to(dev).train()
-    x = torch.randn(batch, int(p.seconds * SAMPLE_RATE) // p.hop + 1, 64, device=dev)
+    x = torch.randn(batch, int(p.audio.seconds * SAMPLE_RATE) // p.audio.hop + 1, 64, device=dev)
     tokens = dict(input_ids=torch.randint(1000, 2000, (batch, words), device=dev),
                   attention_mask=torch.ones(batch, words, dtype=torch.long, device=dev))
     def learn(f, given):
-        with autocast(dev, p.amp): y = f(given)
+        with autocast(dev, p.optimiser.amp): y = f(given)
         y.float().square().mean().backward()
     def only(f, given):
-        with torch.no_grad(), autocast(dev, p.amp): f(given)
+        with torch.no_grad(), autocast(dev, p.optimiser.amp): f(given)
     per = {'audio': _seconds(lambda: learn(model.audio, x)),
            'text': _seconds(lambda: learn(model.text, tokens)),
            'heard': _seconds(lambda: only(model.audio, x)),
@@ -1480,8 +1480,8 @@ def measure(lab:Lab, batch:int=4) -> dict: # clips at a time
 def estimate(lab:Lab, spec:Spec, per:dict, sizes:dict) -> float: # hours
     "Hours of a run, from the times of `measure`; NaN for the experts of CE and MoEE."
     p, (n, t) = run_profile(lab.profile, spec), sizes['train']
-    if spec.system == 'tagger': return p.pretrain_epochs * p.pretrain_scenes * per['audio'] / 3600
-    if spec.system in ('ce', 'moee'): return p.ce_epochs * n * per[spec.system] / 3600
+    if spec.system == 'tagger': return p.tagger.pretrain_epochs * p.tagger.pretrain_scenes * per['audio'] / 3600
+    if spec.system in ('ce', 'moee'): return p.ce.ce_epochs * n * per[spec.system] / 3600
     if spec.system == 'experts': return float('nan') # reads files, or trains for minutes
     stages = joint_stages(p) if spec.system == 'baseline' else curriculum_stages(p, spec.chm)
     seconds = 0
@@ -1497,9 +1497,9 @@ def print_plan(lab:Lab, numbers, seeds:int):
     "The runs that tables need, which are stored, and what the others will take on this device."
     per, sizes, p = measure(lab), _sizes(lab), lab.profile
     total, wanted = 0., (runs_needed(lab, numbers, seeds) if lab.data
-                         or p.corpus not in ('audiocaps', 'clotho', 'manifest') else None)
+                         or p.corpus.source not in ('audiocaps', 'clotho', 'manifest') else None)
     if wanted is None:
-        say('no --data: the plan is for all of AudioCaps, and every run is to do')
+        log('no --data: the plan is for all of AudioCaps, and every run is to do')
     for spec in wanted or runs_needed(lab, numbers, seeds, allowed=lambda spec: True):
         stored = wanted is not None and is_done(lab, spec)
         hours = 0. if stored else estimate(lab, spec, per, sizes)
@@ -1507,7 +1507,7 @@ def print_plan(lab:Lab, numbers, seeds:int):
         print(f'{"stored" if stored else "to do":<7} {p.name} {spec.name:<40} '
               f'{"" if stored else "not timed" if np.isnan(hours) else f"{hours:.2f} h"}')
     clips = sum(c for c, _ in sizes.values())
-    store = clips * (int(p.seconds * SAMPLE_RATE) // p.hop + 1) * 64 * 2 / 2**30
+    store = clips * (int(p.audio.seconds * SAMPLE_RATE) // p.audio.hop + 1) * 64 * 2 / 2**30
     weights = per['parameters'] * 4 / 2**30
     print(f'estimated: {total:.1f} hours on {device().type} ({1e3 * per["audio"]:.1f} ms a clip, '
           f'{1e3 * per["text"]:.1f} ms a caption, forward and backward), '
@@ -1587,7 +1587,7 @@ def data_command(profile:str = typer.Option('mini', help='whose corpus'),
                  as_json:bool = typer.Option(False, '--json', help='for machines')):
     "Describe a profile's corpus, or write it out as sound files and a manifest."
     p = get_profile(profile, set_)
-    if data and p.corpus in ('synthesised', 'recordings'): p = p.replace(corpus='manifest')
+    if data and p.corpus.source in ('synthesised', 'recordings'): p = p.replace(corpus='manifest')
     corpus = Lab(p, events=events, data=data).corpus
     parts = {s: corpus.split(s) for s in corpus.splits}
     facts = dict(name=corpus.name, hash=corpus.hash, about=corpus.about,
@@ -1634,12 +1634,12 @@ def mine_command(vectors:str = typer.Argument(..., help='.npy file, (N, d) numbe
     x = unit_vectors(read_table(vectors, 'vectors')).to(device())
     if alike is not None: apart = near_duplicates(x, alike, apart)
     if alike is not None and (most := largest_group(apart)) > len(x) / 2:
-        say(f'{most} of {len(x)} vectors are one group at a cosine of {alike}: nearly everything '
+        log(f'{most} of {len(x)} vectors are one group at a cosine of {alike}: nearly everything '
             'is alike; give a higher --near-duplicates')
     found = mine(x, batch_size, kind, seed=seed, epoch=epoch, groups=apart, sweeps=sweeps,
                  rounds=rounds)
     if found.spread:
-        say(f'{found.spread} groups have more members than there are batches '
+        log(f'{found.spread} groups have more members than there are batches '
             f'({len(found.batches)}): they are spread as far as they go')
     if out:
         with atomic_path(out) as tmp, open(tmp, 'wb') as f: np.save(f, found.batches)
@@ -1658,13 +1658,13 @@ def train_on(data, # corpus on disk
         raise CmlfError(f'{out}: holds a finished run; give another folder')
     p = profile.replace(corpus='manifest')
     lab = Lab(p, out/'work', data=data)
-    lab.check_captions(TextEncoder(p.text_model))
+    lab.check_captions(TextEncoder(p.text.text_model))
     n = len(lab.corpus.split('train'))
-    if n < 2 * p.batch_size:
+    if n < 2 * p.batches.batch_size:
         lab.profile = p.replace(batch_size=max(2, n // 2))
-        say(f'{n} training clips: batch_size {p.batch_size} is lowered to '
-            f'{lab.profile.batch_size}, so that there are two batches')
-    audio = 'pretrained' if p.panns else 'scratch'
+        log(f'{n} training clips: batch_size {p.batches.batch_size} is lowered to '
+            f'{lab.profile.batches.batch_size}, so that there are two batches')
+    audio = 'pretrained' if p.tagger.panns else 'scratch'
     found = lab.run(lab.spec(one_of(system, ['3cmlf', 'baseline'], 'system'), audio,
                              chm and system == '3cmlf', seed=seed))
     # run.json last: it says done
@@ -1693,9 +1693,9 @@ def evaluate_on(run:Run, # finished, of a dual encoder
     return dict(run=run.about['key'], data=str(data), split=split, **facts, coverage=part.pool)
 
 def _profile_of(run): # of evaluation: what the run started from is in its weights by now
-    told = {k: v for k, v in run.about['profile'].items() if k not in PATH_SETTINGS}
-    for k in told: one_of(k, Profile().asdict(), f'setting in {run.folder/"run.json"}:')
-    return Profile(**told).replace(corpus='manifest')
+    stored = Profile().replace(**run.about['profile'])
+    return stored.replace(source='manifest', **dict.fromkeys(PATH_SETTINGS[:3], ''),
+                          text_model='tiny')
 
 # %% ../nbs/19_reproduce.ipynb #7fc5a65e
 @app.command('train')
@@ -1787,12 +1787,12 @@ def run_command(arguments=None) -> int: # exit code
     try: return app(arguments, standalone_mode=False) or 0
     except CmlfError as e: message = str(e)
     except (KeyboardInterrupt, typer.Abort):
-        say('cmlf: stopped; the same command goes on from here'); return 130
+        log('cmlf: stopped; the same command goes on from here'); return 130
     except BrokenPipeError: return 141
     except Exception as e:
         if not hasattr(e, 'format_message'): raise # only a wrong use of the command has one
         message = e.format_message()
-    say(f'cmlf: {" ".join(message.split())}')
+    log(f'cmlf: {" ".join(message.split())}')
     return 2
 
 def main(): sys.exit(run_command())

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from scipy import fft, signal
 
-from .core import CmlfError, Profile, content_hash, one_of, rng
+from .config import Profile
+from .core import CmlfError, content_hash, one_of, rng
 from .data import Clip, Corpus, clean_caption
 from .features import SAMPLE_RATE, load_audio
 
@@ -941,7 +942,7 @@ def caption_scene(scene:Scene, # what to describe
 
 # %% ../nbs/05_soundscapes.ipynb #bffcbf04
 def _library(profile, events_dir):
-    corpus = one_of(profile.corpus, ('synthesised', 'recordings'), 'corpus to compose')
+    corpus = one_of(profile.corpus.source, ('synthesised', 'recordings'), 'corpus to compose')
     if corpus == 'synthesised': return synth_library()
     return recording_library(events_folder(events_dir))
 
@@ -973,22 +974,22 @@ def compose(profile:Profile, # its corpus is 'synthesised' or 'recordings'
     "The retrieval corpus of a profile: one caption for a training scene, five for the others."
     library, parts = _library(profile, events_dir), []
     for split in SPLITS:
-        n = getattr(profile, f'n_{split}')
+        n = getattr(profile.corpus, f'n_{split}')
         if n < 1: raise CmlfError(f'setting n_{split}={n}: say how many scenes to compose')
-        scenes = draw_scenes(library, split, n, profile.corpus_seed)
+        scenes = draw_scenes(library, split, n, profile.corpus.corpus_seed)
         parts.append((split, scenes, 1 if split == 'train' else 5))
     about = (f'Scenes of one to three of {len(library.kinds)} kinds of event, '
              'composed with captions.')
-    return _corpus(library, parts, profile.seconds, about)
+    return _corpus(library, parts, profile.audio.seconds, about)
 
 # %% ../nbs/05_soundscapes.ipynb #1b06490e
 def tagging_corpus(profile:Profile, # its `pretrain_scenes` says how many
                    events_dir=None, # folder of recordings; None: CMLF_ESC_DIR
                   ) -> Corpus:
     "Scenes tagged with their kinds, for pre-training; train and val from training sources alone."
-    library, n = _library(profile, events_dir), profile.pretrain_scenes
+    library, n = _library(profile, events_dir), profile.tagger.pretrain_scenes
     if n < 1: raise CmlfError(f'setting pretrain_scenes={n}: say how many scenes to tag')
-    scenes = draw_scenes(library, 'train', n + max(16, n//10), profile.corpus_seed, '/tagging')
+    scenes = draw_scenes(library, 'train', n + max(16, n//10), profile.corpus.corpus_seed, '/tagging')
     parts = [('train', scenes[:n], 1), ('val', scenes[n:], 1)]
     about = 'Scenes of training sources alone, tagged with their kinds of event.'
-    return _corpus(library, parts, profile.seconds, about)
+    return _corpus(library, parts, profile.audio.seconds, about)

@@ -16,8 +16,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .core import (CmlfError, Profile, atomic_path, autocast, device, precision, rng, say,
-                       seed_everything)
+from .config import Profile
+from .core import CmlfError, atomic_path, autocast, device, precision, rng, log, seed_everything
 from .loss import check_losses, get_loss
 from .metrics import retrieval
 from .mining import mine
@@ -32,16 +32,16 @@ class Stage:
 
 def joint_stages(profile:Profile) -> list:
     "The baseline: both encoders learn on random batches from the start."
-    return [Stage('random', 'both', profile.epochs)]
+    return [Stage('random', 'both', profile.curriculum.epochs)]
 
 # %% ../nbs/11_training.ipynb #41d2e483
 def curriculum_stages(profile:Profile, # its `stage_epochs` and `curriculum`
                       chm:bool=True, # mined batches; False: random ones in every stage
                      ) -> list:
     "3CMLF's three stages (II-E)."
-    kinds = profile.curriculum if chm else ('random',) * 3
+    kinds = profile.batches.kinds if chm else ('random',) * 3
     return [Stage(k, who, n)
-            for k, who, n in zip(kinds, ('audio', 'text', 'both'), profile.stage_epochs)]
+            for k, who, n in zip(kinds, ('audio', 'text', 'both'), profile.curriculum.stage_epochs)]
 
 # %% ../nbs/11_training.ipynb #27920007
 class Tokens:
@@ -147,12 +147,12 @@ def lr_factor(profile:Profile, # its `schedule`
               total:int, # epochs of the schedule
              ) -> float:
     "What the learning rate is multiplied by."
-    if profile.schedule == 'cosine':
+    if profile.optimiser.schedule == 'cosine':
         # Adam's first steps are rough on a pre-trained BERT
         warm = min(1.0, (done + 1e-3) / (0.05 * total))
         return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done / total)))
-    if profile.schedule == 'constant': return 1.0
-    return 0.1 ** int(done * profile.epochs / total // profile.lr_step)
+    if profile.optimiser.schedule == 'constant': return 1.0
+    return 0.1 ** int(done * profile.curriculum.epochs / total // profile.optimiser.lr_step)
 
 # %% ../nbs/11_training.ipynb #abc1d8cc
 class Trainer:
@@ -163,7 +163,7 @@ class Trainer:
                  test:Pairs=None, # embedded at the end of every stage, if given
                  checkpoint=None, # file to write between epochs, and to resume from
                  save_every:float=30., # seconds between checkpoints
-                 log=say): # called with one line per epoch
+                 log=log): # called with one line per epoch
         self.model, self.train, self.val, self.test, self.profile = model, train, val, test, profile
         self.stages, self.seed, self.vectors, self.log = stages, seed, vectors, log
         self.dev, self.checkpoint, self.save_every = (
@@ -171,7 +171,7 @@ class Trainer:
         self.stage = self.epoch = 0
         self.history, self.ends, self.best, self.saved = [], [], dict(val=-1.0), time.monotonic()
         self.optimiser = self.loss = None
-        self.precision = precision(profile.amp, self.dev)
+        self.precision = precision(profile.optimiser.amp, self.dev)
         model.to(self.dev)
         _check_trainer(self)
 
@@ -184,9 +184,9 @@ def _check_trainer(t):
     if t.vectors is not None and len(t.vectors) != len(t.train):
         raise CmlfError(f'{len(t.vectors)} ancillary vectors for {len(t.train)} training pairs: '
                         'one each is needed')
-    if len(t.train) < t.profile.batch_size:
+    if len(t.train) < t.profile.batches.batch_size:
         raise CmlfError(f'{len(t.train)} training pairs do not fill a batch of '
-                        f'{t.profile.batch_size}: lower batch_size')
+                        f'{t.profile.batches.batch_size}: lower batch_size')
 
 # %% ../nbs/11_training.ipynb #a13e4cfd
 _APART = 1_000_000 # keeps the epochs of one stage from those of the next
@@ -197,9 +197,9 @@ def batches(self:Trainer) -> np.ndarray:
     s, p = self.stages[self.stage], self.profile
     # random batches need no vectors: stand-ins of the right number
     vectors = self.vectors if s.kind != 'random' else np.ones((len(self.train), 1), np.float32)
-    epoch = self.epoch if p.remine or s.kind == 'random' else 0
-    found = mine(vectors, p.batch_size, s.kind, seed=self.seed, epoch=_APART * self.stage + epoch,
-                 groups=self.train.groups if p.groups else None)
+    epoch = self.epoch if p.batches.remine or s.kind == 'random' else 0
+    found = mine(vectors, p.batches.batch_size, s.kind, seed=self.seed, epoch=_APART * self.stage + epoch,
+                 groups=self.train.groups if p.batches.groups else None)
     if found.spread and not self.epoch and not self.stage:
         self.log(f'{found.spread} groups of clips that say the same have more members than there '
                  f'are batches ({len(found.batches)}): they are spread as far as they go')
@@ -210,7 +210,7 @@ def batches(self:Trainer) -> np.ndarray:
 def joint_space(self:Trainer, clips, captions):
     "Both sides of a batch in the joint space, (B, d) each, a frozen encoder's from memory."
     m = self.model
-    with autocast(self.dev, self.profile.amp):
+    with autocast(self.dev, self.profile.optimiser.amp):
         x = (self.heard[clips] if self.heard is not None
              else m.audio(self.train.store[clips].to(self.dev)))
         y = (self.read[captions] if self.read is not None
@@ -222,15 +222,15 @@ def joint_space(self:Trainer, clips, captions):
 def step(self:Trainer, clips, captions, done) -> torch.Tensor:
     "One update; the loss, still on the device."
     p, opt = self.profile, self.optimiser
-    scheduled = (self.stages[self.stage].epochs if p.restart_schedule
+    scheduled = (self.stages[self.stage].epochs if p.curriculum.restart_schedule
                  else sum(s.epochs for s in self.stages))
-    before = 0 if p.restart_schedule else sum(s.epochs for s in self.stages[:self.stage])
+    before = 0 if p.curriculum.restart_schedule else sum(s.epochs for s in self.stages[:self.stage])
     for g in opt.param_groups: g['lr'] = g['peak'] * lr_factor(p, before + done, scheduled)
     loss = self.loss(*self.joint_space(clips, captions))
     opt.zero_grad(set_to_none=True)
     loss.backward()
-    if p.clip_norm:
-        nn.utils.clip_grad_norm_([q for g in opt.param_groups for q in g['params']], p.clip_norm)
+    if p.optimiser.clip_norm:
+        nn.utils.clip_grad_norm_([q for g in opt.param_groups for q in g['params']], p.optimiser.clip_norm)
     opt.step()
     return loss.detach()
 
@@ -257,7 +257,7 @@ def where(self:Trainer) -> str:
 @patch(as_prop=True)
 def remedy(self:Trainer) -> str:
     p, s = self.profile, self.stages[self.stage]
-    rates = [f'{k}={getattr(p, k):g}' for k in ('lr', 'text_lr') if k == 'lr' or s.learns != 'audio']
+    rates = [f'{k}={getattr(p.optimiser, k):g}' for k in ('lr', 'text_lr') if k == 'lr' or s.learns != 'audio']
     return ('lower ' + ' or '.join(rates) + ', or raise tau'
             + ', or compute in float32 (amp=false)' * (self.precision == 'bf16'))
 
@@ -266,9 +266,9 @@ def remedy(self:Trainer) -> str:
 def start_stage(self:Trainer):
     "Freeze the teacher and let it speak; a fresh optimiser for those who learn."
     s, p, m = self.stages[self.stage], self.profile, self.model
-    m.train_only(s.learns, freeze_head=p.freeze_head)
-    self.loss = get_loss(p.loss, tau=p.tau, k=p.hardest) # Eq. 4, unless a run shows claim C6
-    kw = dict(amp=p.amp, dev=self.dev)
+    m.train_only(s.learns, freeze_head=p.curriculum.freeze_head)
+    self.loss = get_loss(p.optimiser.loss, tau=p.optimiser.tau, k=p.optimiser.hardest) # Eq. 4, unless a run shows claim C6
+    kw = dict(amp=p.optimiser.amp, dev=self.dev)
     self.heard = (encode(m.audio, self.train.store, len(self.train), **kw)
                   if s.learns == 'text' else None)
     self.read = (encode(m.text, self.train.tokens, len(self.train.tokens), **kw)
@@ -277,7 +277,7 @@ def start_stage(self:Trainer):
     other = [q for n, q in m.named_parameters()
              if q.requires_grad and not n.startswith('text.')]
     groups = [dict(params=ps, lr=lr, peak=lr)
-              for ps, lr in ((other, p.lr), (text, p.text_lr)) if ps]
+              for ps, lr in ((other, p.optimiser.lr), (text, p.optimiser.text_lr)) if ps]
     self.optimiser = torch.optim.Adam(groups, fused=True)
 
 # %% ../nbs/11_training.ipynb #e97712d8
@@ -309,7 +309,7 @@ def epoch_zero(self:Trainer, seconds:float): # of preparing the stage
     # a later stage starts from the model whose score the stage before has found
     known = {k: self.ends[-1][k] for k in ('val', 't2a_r1', 'a2t_r1')} if self.ends else None
     scores = known or _scores(self.score())
-    if self.profile.keep_start: self.consider(scores)
+    if self.profile.curriculum.keep_start: self.consider(scores)
     self.note(math.nan, scores, 0, seconds, time.monotonic() - start)
 
 # %% ../nbs/11_training.ipynb #747c6959
@@ -350,7 +350,7 @@ def train_epoch(self:Trainer):
     trained = time.monotonic() - start
     scores = _scores(self.score())
     self.consider(scores)
-    self.note(loss, scores, len(self.train) // self.profile.batch_size, trained,
+    self.note(loss, scores, len(self.train) // self.profile.batches.batch_size, trained,
               time.monotonic() - start - trained)
     if time.monotonic() - self.saved >= self.save_every: self.save()
 
@@ -405,7 +405,7 @@ def plan(self:Trainer) -> str:
 def fit_tagger(trunk, # an encoder with `n_out`: (B, frames, mels) -> (B, n_out)
                store, tags, # log-mels of n scenes; (n, k) float 0/1, what is heard in each
                epochs:int, lr:float=1e-3, batch:int=32, seed:int=0, amp:bool=True,
-               log=say, # called with one line per epoch
+               log=log, # called with one line per epoch
               ) -> nn.Linear: # the layer that tags
     "Teach `trunk`, in place, to hear which events a scene holds (as PANNs was on AudioSet)."
     dev, tags = device(), torch.as_tensor(tags)

@@ -13,7 +13,8 @@ from tokenizers import ByteLevelBPETokenizer, SentencePieceUnigramTokenizer, Tok
 from tokenizers.normalizers import Lowercase
 from tokenizers.processors import TemplateProcessing
 
-from cmlf.core import CmlfError, get_profile
+from cmlf.config import get_profile
+from cmlf.core import CmlfError
 from cmlf.encoders import (SAFE, DualEncoder, ResNet38, TextEncoder, dropout, load_bert, packaged_minilm, read_panns,
                            spec_augment)
 

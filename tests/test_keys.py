@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from cmlf import reproduce
-from cmlf.core import PATH_SETTINGS, Profile, get_profile, resolve_paths
+from cmlf.config import PATH_SETTINGS, Profile, get_profile, resolve_paths
 from cmlf.reproduce import Lab, Spec, relevant
 
 import pinned
@@ -67,7 +67,7 @@ def changed(profile, setting, file, events):
 def read_by(lab, spec):
     "Settings that a run and all it builds on read."
     names = set(relevant(lab.profile, spec))
-    if spec.audio == 'pretrained' and lab.profile.panns: names.add('panns')
+    if spec.audio == 'pretrained' and lab.profile.tagger.panns: names.add('panns')
     return names.union(*(read_by(lab, p) for p in lab.parents(spec)))
 
 def test_there_is_another_value_for_every_setting():

@@ -506,7 +506,7 @@ def test_links_in_the_folder_lead_nowhere(tmp_path):
 
 
 def test_composed_corpora_are_written_too(tmp_path):
-    from cmlf.core import get_profile
+    from cmlf.config import get_profile
     from cmlf.soundscapes import compose
     c = compose(get_profile('smoke', dict(n_train=6, n_val=2, n_test=2)))
     again = written(tmp_path, c)

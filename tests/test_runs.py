@@ -8,7 +8,8 @@ import pytest
 import soundfile
 import torch
 
-from cmlf.core import CmlfError, Profile, get_profile
+from cmlf.config import get_profile
+from cmlf.core import CmlfError
 from cmlf.encoders import ResNet38, panns_front_end
 from cmlf.reproduce import Lab, Run, Spec, evaluate_on, report_folder
 from test_reproduce import assert_refused, cmlf

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from cmlf.core import CmlfError, content_hash, get_profile, rng
+from cmlf.config import get_profile
+from cmlf.core import CmlfError, content_hash, rng
 from cmlf.features import SAMPLE_RATE
 from cmlf.soundscapes import (EVENTS, SPLITS, Event, Scene, caption_scene, compose, draw_scenes, recording_library,
                               synth_library, tagging_corpus)
@@ -48,7 +49,7 @@ def no_folder_in_the_environment(monkeypatch): monkeypatch.delenv('CMLF_ESC_DIR'
 
 
 def check(corpus, profile):
-    assert [len(corpus.split(s)) for s in SPLITS] == [profile.n_train, profile.n_val, profile.n_test]
+    assert [len(corpus.split(s)) for s in SPLITS] == [profile.corpus.n_train, profile.corpus.n_val, profile.corpus.n_test]
     for s in ('val', 'test'):
         clips = corpus.split(s).clips
         assert len({c.meaning for c in clips}) == len(clips)
@@ -59,7 +60,7 @@ def check(corpus, profile):
     used = {s: {e.source for c in corpus.split(s).clips for e in corpus.scenes[c.id].events} for s in SPLITS}
     assert not used['train'] & used['val'] and not used['train'] & used['test'] and not used['val'] & used['test']
     wave = corpus.waveform(0)
-    assert wave.dtype == np.float32 and wave.shape == (round(profile.seconds*SAMPLE_RATE),) and np.isfinite(wave).all()
+    assert wave.dtype == np.float32 and wave.shape == (round(profile.audio.seconds*SAMPLE_RATE),) and np.isfinite(wave).all()
     assert 0 < np.abs(wave).max() <= 1
 
 
@@ -91,7 +92,7 @@ def test_tagging_uses_training_sources_and_other_scenes(tmp_path):
     assert all('/train/' in e.source for s in tagging.scenes.values() for e in s.events)
     assert not {c.source for c in tagging.clips} & {c.source for c in corpus.clips}
     matrix = tagging.split('train').tag_matrix
-    assert matrix.shape == (SMOKE.pretrain_scenes, len(tagging.tags)) and matrix.sum(1).min() >= 1
+    assert matrix.shape == (SMOKE.tagger.pretrain_scenes, len(tagging.tags)) and matrix.sum(1).min() >= 1
     assert len(tagging.split('val')) >= 16
 
 
@@ -166,7 +167,8 @@ def test_other_corpora_are_refused():
 
 FINGERPRINT = '''
 import numpy as np
-from cmlf.core import content_hash, get_profile
+from cmlf.config import get_profile
+from cmlf.core import content_hash
 from cmlf.soundscapes import compose
 c = compose(get_profile('smoke'))
 x = c.waveform(3)
