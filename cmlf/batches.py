@@ -16,7 +16,7 @@ from numbers import Real
 import numpy as np
 import torch
 
-from .core import CmlfError, rng, say
+from .core import CmlfError, rng, log
 
 # %% ../nbs/06_batches.ipynb #7e2edc97
 def _table(rows):
@@ -153,7 +153,7 @@ class Task:
         self.history.append((what, value))
         if now - self.logged > 10:
             self.logged = now
-            say(f'mining, pass {len(self.history)}, {what}: mean cosine {value:.4f}')
+            log(f'mining, pass {len(self.history)}, {what}: mean cosine {value:.4f}')
         return value
 
 # %% ../nbs/06_batches.ipynb #3249da1d
