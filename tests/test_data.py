@@ -9,7 +9,7 @@ import soundfile as sf
 
 from cmlf import data
 from cmlf.core import CmlfError, rng
-from cmlf.data import Clip, Corpus, clean_caption, load_corpus, pool_hash, same_pool
+from cmlf.data import Clip, Corpus, clean_caption, draw_captions, load_corpus, pool_hash, same_pool
 
 BOM = '\ufeff'
 IDS = ['7fmOlUlwoNg', '-0Gj8-vB1q4', 'vfY_TJq7n_U', '__abc-DEF_1', 'Y2345678901']
@@ -211,8 +211,7 @@ def test_clotho(tmp_path, folder):
     c = load_corpus(clotho(tmp_path, tmp_path, folder), .5)
     assert c.name == 'clotho' and [x.split for x in c.clips] == ['train', 'train', 'val', 'test']
     assert all(len(x.captions) == 5 for x in c.clips) and c.captions[1:4] == ['two things', 'three dogs', 'four bells ring']
-    clip, caption = c.split('train').pairs()
-    assert clip.tolist() == [0] * 5 + [1] * 5 and caption.tolist() == list(range(10))
+    assert c.split('train').owner.tolist() == [0] * 5 + [1] * 5
 
 
 @pytest.mark.parametrize('on_disk', ['rain&storm.wav', 'rain&amp;storm.wav'])
@@ -523,10 +522,10 @@ def test_pool_ignores_order_but_not_captions():
 
 # --- corpus
 
-def test_pairs_draws_every_caption_evenly():
+def test_captions_of_a_clip_are_drawn_evenly():
     clips = [Clip(str(i), 'train', tuple(f'{i} {j}' for j in range(1 + i)), ('',) * (1 + i), '') for i in range(4)]
     c = Corpus('x', clips, None, 1)
-    drawn = np.array([c.pairs(rng(0, e))[1] for e in range(4000)])
+    drawn = np.array([draw_captions(c.owner, len(c), rng(0, e)) for e in range(4000)])
     assert (c.owner[drawn] == np.arange(4)).all()
     counts = np.bincount(drawn.ravel(), minlength=10)
     assert counts[0] == 4000 and np.abs(counts[6:] - 1000).max() < 150
