@@ -8,10 +8,9 @@ import pytest
 import soundfile
 import torch
 
-from cmlf.config import get_profile
 from cmlf.core import CmlfError
 from cmlf.encoders import ResNet38, panns_front_end
-from cmlf.reproduce import Lab, Run, Spec, evaluate_on, report_folder
+from cmlf.reproduce import Run, evaluate_on, report_folder
 from test_reproduce import assert_refused, cmlf
 
 SMALL = ['--set', 'width=4', '--set', 'text_model=tiny', '--set', 'epochs=3', '--set', 'seconds=1', '--set', 'batch_size=8',
@@ -151,34 +150,7 @@ def odd_names_are_safe(report):
     sources = [unquote(s) for s in re.findall(r'<audio[^>]*src="([^"]+)"', page) if not s.startswith('data:')]
     assert len(sources) >= 6 and all((report/s).is_file() for s in sources)
 
-# --- tables
-
-@pytest.fixture(scope='module')
-def smoke_runs(tmp_path_factory): return Lab(get_profile('smoke'))   # the runs that the notebooks' own tests share
-
-def test_minutes_of_a_mined_row_include_what_it_needs(smoke_runs):
-    table = smoke_runs.table(1)
-    mined, joint, scenes = (table[(table.system == s) & (table.audio_encoder == 'scratch') & (table.chm.fillna('') == c)].iloc[0]
-                            for s, c in (('3CMLF', 'yes'), ('ResNet38+BERT', ''), ('3CMLF', 'no')))
-    run = smoke_runs.run(smoke_runs.spec('3cmlf', 'scratch', True))
-    assert run.about['vector_minutes'] > 0
-    assert mined.minutes == pytest.approx(mined.minutes_own + joint.minutes_own, abs=0.02) and scenes.minutes == scenes.minutes_own
-
-def test_table_two_shows_each_stage_by_itself(smoke_runs):
-    two = smoke_runs.table(2)
-    run = smoke_runs.run(smoke_runs.spec('3cmlf', 'scratch', True))
-    scratch = two[two.audio_encoder == 'scratch']
-    assert scratch.minutes_stage.sum() == pytest.approx(run.about['minutes'], abs=0.03)
-    assert scratch.selected.tolist() == [f'{a} of {b}' for a, b in zip(run.about['selected'], run.about['stage_epochs'])]
-    for row in scratch.itertuples():
-        if row.selected.startswith(f'{run.about["stage_epochs"][row.stage - 1]} of'): assert row.last_t2a_r1 == row.t2a_r1
-
-def test_one_seed_has_intervals_and_two_have_deviations(smoke_runs):
-    one = smoke_runs.table(2)
-    assert (one.t2a_r1_low <= one.t2a_r1).all() and (one.t2a_r1 <= one.t2a_r1_high).all() and 't2a_r1_sd' not in one
-    assert one[['t2a_r50', 'a2t_map10']].notna().all(axis=None)
-    two = smoke_runs.table(2, seeds=2)
-    assert two.t2a_r1_sd.notna().all()
+# --- the report and stored settings
 
 def test_a_report_is_where_it_was_asked_for(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

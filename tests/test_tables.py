@@ -1,0 +1,33 @@
+"The tables of the smoke runs: what a row costs, what Table II adds, intervals and deviations."
+import pytest
+
+from cmlf.config import get_profile
+from cmlf.experiments import Experiment
+from cmlf.tables import table
+
+@pytest.fixture(scope='module')
+def smoke_runs(): return Experiment(get_profile('smoke'))   # the runs that the notebooks' own tests share
+
+def test_minutes_of_a_mined_row_include_what_it_needs(smoke_runs):
+    one = table(smoke_runs, 1)
+    mined, joint, scenes = (one[(one.system == s) & (one.audio_encoder == 'scratch') & (one.chm.fillna('') == c)].iloc[0]
+                            for s, c in (('3CMLF', 'yes'), ('ResNet38+BERT', ''), ('3CMLF', 'no')))
+    run = smoke_runs.run(smoke_runs.spec('3cmlf', 'scratch', True))
+    assert run.metadata['vector_minutes'] > 0
+    assert mined.minutes == pytest.approx(mined.minutes_own + joint.minutes_own, abs=0.02) and scenes.minutes == scenes.minutes_own
+
+def test_table_two_shows_each_stage_by_itself(smoke_runs):
+    two = table(smoke_runs, 2)
+    run = smoke_runs.run(smoke_runs.spec('3cmlf', 'scratch', True))
+    scratch = two[two.audio_encoder == 'scratch']
+    assert scratch.minutes_stage.sum() == pytest.approx(run.metadata['minutes'], abs=0.03)
+    assert scratch.selected.tolist() == [f'{a} of {b}' for a, b in zip(run.metadata['selected'], run.metadata['stage_epochs'])]
+    for row in scratch.itertuples():
+        if row.selected.startswith(f'{run.metadata["stage_epochs"][row.stage - 1]} of'): assert row.last_t2a_r1 == row.t2a_r1
+
+def test_one_seed_has_intervals_and_two_have_deviations(smoke_runs):
+    one = table(smoke_runs, 2)
+    assert (one.t2a_r1_low <= one.t2a_r1).all() and (one.t2a_r1 <= one.t2a_r1_high).all() and 't2a_r1_sd' not in one
+    assert one[['t2a_r50', 'a2t_map10']].notna().all(axis=None)
+    two = table(smoke_runs, 2, seeds=2)
+    assert two.t2a_r1_sd.notna().all()
