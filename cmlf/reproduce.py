@@ -46,7 +46,7 @@ from .metrics import (DIRECTIONS, KS, holm, interval, paired_test, retrieval,
                           retrieval_from_similarity)
 from .mining import largest_group, mine, near_duplicates, unit_vectors
 from .soundscapes import compose, tagging_corpus
-from .training import (Pairs, Trainer, ancillary_vectors, curriculum_stages, embed, fit_tagger,
+from .training import (PairedSplit, Trainer, ancillary_vectors, curriculum_stages, embed, fit_tagger,
                            joint_stages, mean_average_precision, tokens_of)
 
 # %% ../nbs/19_reproduce.ipynb #cda659ae
@@ -235,12 +235,12 @@ def check_captions(self:Lab, text):
             self.tokens[split] = tokens_of(self.corpus.split(split), text)
 
 @patch
-def pairs(self:Lab, split:str, model) -> Pairs:
+def pairs(self:Lab, split:str, model) -> PairedSplit:
     "A split, ready for training."
     if split not in self.parts:
         part = self.corpus.split(split)
         if split not in self.tokens: self.tokens[split] = tokens_of(part, model.text)
-        self.parts[split] = Pairs.of(part, self.store(part), self.tokens[split])
+        self.parts[split] = PairedSplit.of(part, self.store(part), self.tokens[split])
     return self.parts[split]
 
 # %% ../nbs/19_reproduce.ipynb #7b02d9a3
@@ -408,11 +408,11 @@ def fit(self:Lab, spec:Spec, folder:Path, log) -> dict:
                       folder/'checkpoint.pt', log=log)
     history = pd.DataFrame(trainer.fit())
     history.to_csv(folder/'history.csv', index=False)
-    if test: _write_test(folder/'test.npz', trainer.ends, test.owner)
+    if test: _write_test(folder/'test.npz', trainer.stage_outputs, test.owner)
     model.save(folder)
-    tested = ([scores(retrieval(e['audio'], e['text'], test.owner)) for e in trainer.ends]
+    tested = ([scores(retrieval(e['audio'], e['text'], test.owner)) for e in trainer.stage_outputs]
               if test else [])
-    ends = {k: [e[k] for e in trainer.ends] for k in ('epoch', 'val', 'last_val')}
+    ends = {k: [e[k] for e in trainer.stage_outputs] for k in ('epoch', 'val', 'last_val')}
     return dict(stages=len(stages), stage_epochs=[s.epochs for s in stages], test=tested,
                 selected=ends['epoch'], val=ends['val'], last_val=ends['last_val'],
                 train_clips=len(train), vector_minutes=spent / 60,
@@ -1486,9 +1486,9 @@ def estimate(lab:Lab, spec:Spec, per:dict, sizes:dict) -> float: # hours
     stages = joint_stages(p) if spec.system == 'baseline' else curriculum_stages(p, spec.chm)
     seconds = 0
     for s in stages:
-        seconds += s.epochs * n * (per['audio'] * (s.learns != 'text')
-                                   + per['text'] * (s.learns != 'audio'))
-        seconds += n * per['heard'] * (s.learns == 'text') + t * per['read'] * (s.learns == 'audio')
+        seconds += s.epochs * n * (per['audio'] * (s.trainable != 'text')
+                                   + per['text'] * (s.trainable != 'audio'))
+        seconds += n * per['heard'] * (s.trainable == 'text') + t * per['read'] * (s.trainable == 'audio')
         seconds += s.epochs * sum(a * b for a, b in zip(sizes['val'], (per['heard'], per['read'])))
     return seconds / 3600
 
