@@ -1,0 +1,125 @@
+"The site: it builds without a warning, every link leads somewhere, nothing comes from elsewhere, and its search finds things."
+import contextlib, functools, http.server, importlib.util, json, re, shutil, subprocess, sys, threading, time, urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT/'tools'))
+import links
+import notebooks
+
+# --- the link checker ---
+
+def small_site(folder, **pages):
+    for name, text in pages.items(): (folder/f'{name}.html').write_text(text)
+    return folder
+
+def test_links_that_lead_somewhere(tmp_path):
+    site = small_site(tmp_path, index='<h1 id="top"></h1><a href="two.html#here">x</a><a href="#top">x</a><a href="https://x.org">x</a>',
+                      two='<p id="here"></p><img src="data:image/png;base64,AA=="><a href="index.html">x</a>')
+    assert links.faults(site) == []
+
+@pytest.mark.parametrize('page, fault', [
+    ('<a href="three.html">x</a>', 'no such file'), ('<a href="two.html#there">x</a>', 'no such anchor'),
+    ('<a href="#there">x</a>', 'no such anchor'), ('<img src="a.png">', 'no such file'),
+    ('<script src="https://cdn.example.org/a.js"></script>', 'loads https://cdn.example.org/a.js'),
+    ('<link rel="stylesheet" href="//fonts.example.org/f.css">', 'loads //fonts'),
+    ('<style>@import url("https://fonts.example.org/f.css");</style>', 'loads https://fonts')])
+def test_a_fault_is_named(tmp_path, page, fault):
+    found = links.faults(small_site(tmp_path, index=page, two='<p id="here"></p>'))
+    assert len(found) == 1 and found[0].startswith('index.html: ') and fault in found[0]
+
+# --- the site ---
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    for package in ('mkdocs', 'material', 'mkdocs_jupyter', 'mkdocstrings', 'latex2mathml'):
+        if not importlib.util.find_spec(package): pytest.skip(f'{package} is not installed; make .venv/site')
+    folder, start = tmp_path_factory.mktemp('site'), time.monotonic()
+    done = subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--strict', '--quiet', '--site-dir', folder], cwd=ROOT,
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert time.monotonic() - start < 120
+    return folder
+
+def test_links(site): assert links.faults(site) == []
+
+def test_everything_has_its_page(site):
+    for path in notebooks.pages(): assert (site/path.relative_to(ROOT)).with_suffix('.html').is_file(), path
+    for path in (ROOT/'cmlf').rglob('[a-z]*.py'):
+        assert (site/'api'/('.'.join(path.relative_to(ROOT/'cmlf').with_suffix('').parts) + '.html')).is_file(), path
+    for name in ('mini', 'field'): assert '<table' in (site/f'reports/{name}/index.html').read_text()
+
+def test_formulas_are_drawn_without_a_script(site):
+    page = (site/'nbs/09_loss.html').read_text()
+    assert page.count('<math') > 20 and 'mathjax' not in page.lower()
+    prose = re.sub(r'<(pre|code)\b.*?</\1>|<div[^>]*clipboard-copy-txt.*?</div>', '', page, flags=re.S)
+    assert '$$' not in prose and r'\frac' not in prose
+
+def test_comments_beside_arguments_are_documentation(site):
+    page = (site/'api/loss.html').read_text()
+    assert 'temperature' in page and 'embeddings of the clips' in page
+
+# --- the search box, in a browser ---
+
+@contextlib.contextmanager
+def served(folder):
+    "The address of a folder on this machine alone."
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield f'http://127.0.0.1:{server.server_port}'
+    finally: server.shutdown(); server.server_close()
+
+class Tab:
+    "A page in a browser, driven by the DevTools protocol."
+    def __init__(self, port):
+        import websocket
+        with urllib.request.urlopen(f'http://127.0.0.1:{port}/json', timeout=10) as f: tabs = json.load(f)
+        address = next(t['webSocketDebuggerUrl'] for t in tabs if t['type'] == 'page')
+        self.socket, self.n, self.asked = websocket.create_connection(address, timeout=30, suppress_origin=True), 0, []
+
+    def send(self, method, **params):
+        self.n += 1
+        self.socket.send(json.dumps({'id': self.n, 'method': method, 'params': params}))
+        while (answer := json.loads(self.socket.recv())).get('id') != self.n:
+            if answer.get('method') == 'Network.requestWillBeSent': self.asked.append(answer['params']['request']['url'])
+        return answer['result']
+
+    def value(self, script): return self.send('Runtime.evaluate', expression=script, returnByValue=True)['result'].get('value')
+
+    def wait(self, script, seconds=30):
+        for _ in range(seconds * 5):
+            if (found := self.value(script)): return found
+            time.sleep(.2)
+        raise AssertionError(f'not within {seconds} s: {script}')
+
+@pytest.fixture
+def tab(tmp_path):
+    pytest.importorskip('websocket')
+    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if not chromium: pytest.skip('no Chromium is installed')
+    profile = tmp_path/'profile'
+    browser = subprocess.Popen([chromium, '--headless', '--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-sync',
+                                '--disable-background-networking', '--disable-component-update', '--window-size=1400,900',
+                                '--remote-debugging-port=0', f'--user-data-dir={profile}', 'about:blank'],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(150):
+            if (profile/'DevToolsActivePort').exists(): break
+            time.sleep(.2)
+        yield Tab((profile/'DevToolsActivePort').read_text().split()[0])
+    finally: browser.terminate(); browser.wait(20)
+
+def test_the_search_box_finds_things(site, tab):
+    with served(site) as address:
+        tab.send('Network.enable')
+        tab.send('Page.navigate', url=f'{address}/index.html?q=temperature')
+        results = 'Array.from(document.querySelectorAll(".md-search-result__item a")).map(a => a.getAttribute("href")).join(" ")'
+        assert 'nbs/09_loss.html' in tab.wait(results)
+        tab.value('const q = document.querySelector(".md-search__input"); q.focus(); q.value = "ResNet38"; '
+                  'q.dispatchEvent(new Event("keyup")); q.dispatchEvent(new Event("input", {bubbles: true}))')
+        tab.wait(f'{results}.includes("08_encoders")')
+        assert tab.asked and all(u.startswith((address, 'data:', 'blob:', 'about:')) for u in tab.asked)
