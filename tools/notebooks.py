@@ -52,7 +52,7 @@ def not_run(cell) -> bool: return bool(re.search(r'^#\|\s*eval:\s*false', cell.s
 def execute(path) -> str:
     "Run a notebook in a fresh kernel, in its own folder, and keep what it shows. Returns a line about it."
     from nbclient import NotebookClient
-    nb, start = read(path), time.monotonic()
+    before, nb, start = path.read_bytes(), read(path), time.monotonic()
     client = NotebookClient(nb, timeout=1800, kernel_name='python3', coalesce_streams=True,
                             resources={'metadata': {'path': str(path.parent)}})
     left_out = 0
@@ -64,6 +64,7 @@ def execute(path) -> str:
             else: client.execute_cell(cell, i)
     for cell in code_cells(nb): cell.outputs = [o for o in map(tidy, cell.outputs) if o is not None]
     nb.metadata[KEPT] = {'code': code_hash(nb), 'outputs': shown(nb)}
+    if path.read_bytes() != before: raise RuntimeError('was edited while it was executed; run it again')
     nbformat.write(nb, path)
     subprocess.run([Path(sys.executable).parent/'nbdev_clean', '--fname', str(path)], cwd=NBS, check=True)
     line = f'{path.relative_to(ROOT)}: {shown(nb)} outputs, {path.stat().st_size / 1e3:.0f} kB, {time.monotonic() - start:.0f} s'
@@ -91,8 +92,8 @@ def tidy(output):
 def tidy_text(text) -> str:
     "Addresses, the checkout, the home folder and temporary folders under one name each."
     text = re.sub(r' at 0x[0-9a-fA-F]{6,}', '', text)
-    text = re.sub(r'/tmp/(tmp|pytest-)[\w-]+', '/tmp/…', text)
     text = re.sub(re.escape(str(ROOT)) + r'(?=/|\b)', '.', text)
+    text = re.sub(r'/tmp/(tmp|pytest-)[\w-]+', '/tmp/…', text)
     return re.sub(re.escape(str(Path.home())) + r'(?=/|\b)', '~', text) if Path.home() != Path('/') else text
 
 def fewer_colours(png:str) -> str:
@@ -180,7 +181,7 @@ def execute_all(stale, jobs, fresh) -> int:
             try: print(job.result(), flush=True)
             except Exception as e:
                 failed += 1
-                print(f'{path.relative_to(ROOT)}: {e}\nwas left as it is', file=sys.stderr, flush=True)
+                print(f'{path.relative_to(ROOT)} was left as it is: {e}', file=sys.stderr, flush=True)
     if fresh: print(f'{fresh} notebooks were up to date')
     found = [f for p in stale for f in faults(p)] + total_faults()
     print(*found, sep='\n', file=sys.stderr)
