@@ -335,6 +335,7 @@ def _comparisons_3():
         yield ('C4', f'batch size over {name}, {audio}', _find(3, audio=audio, scale=1),
                _find(3, audio=audio, scale=scale))
 
+# of each table, made by a function
 COMPARISONS = {1: _comparisons_1, 2: _comparisons_2, 3: _comparisons_3}
 
 # %% ../nbs/15_tables.ipynb #1f52183a
