@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'CmlfError', 'one_of', 'as_bool', 'rng', 'seed_everything', 'atomic_path', 'write_text', 'absolute',
-           'write_json', 'read_json', 'content_hash', 'file_hash', 'cache_folder', 'cached', 'path_hash', 'versions',
-           'commit', 'committed', 'device', 'has_bf16', 'bf16_speed', 'prefers_bf16', 'precision', 'autocast',
-           'machine', 'Progress', 'log']
+           'write_json', 'read_json', 'read_npy', 'content_hash', 'file_hash', 'cache_folder', 'cached', 'path_hash',
+           'versions', 'commit', 'committed', 'device', 'has_bf16', 'bf16_speed', 'prefers_bf16', 'precision',
+           'autocast', 'machine', 'Progress', 'log']
 
 # %% ../nbs/00_core.ipynb #fe28b0fd
 import contextlib, difflib, functools, hashlib, json, os, platform, random
@@ -97,6 +97,21 @@ def read_json(path):
     except (OSError, ValueError) as e:
         raise CmlfError(f'{path}: not readable as JSON ({e}); '
                         'delete it and run again') from None
+
+# %% ../nbs/00_core.ipynb #988d8d3f
+def read_npy(path, # .npy file
+             what:str, # what it holds, for messages
+            ) -> np.ndarray:
+    "The array in a .npy file, or an error that names the file."
+    if not Path(path).is_file():
+        raise CmlfError(f'{path}: no such file; give {what} as written by numpy.save')
+    try:
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray): return found
+        raise ValueError('several arrays')
+    except (OSError, ValueError, EOFError):
+        raise CmlfError(f'{path}: holds no array of numbers; give {what} as written by '
+                        'numpy.save') from None
 
 # %% ../nbs/00_core.ipynb #a74f8d15
 def content_hash(*parts, # JSON values, arrays or bytes
