@@ -8,8 +8,9 @@ import soundfile as sf
 
 from cmlf.config import get_profile
 from cmlf.core import CmlfError, content_hash, rng
+from cmlf.data import SPLITS
 from cmlf.features import SAMPLE_RATE
-from cmlf.soundscapes import (EVENTS, SPLITS, Event, Scene, caption_scene, compose, draw_scenes, recording_library,
+from cmlf.soundscapes import (EVENTS, Event, Scene, caption_scene, compose, draw_scenes, recording_library,
                               synth_library, tagging_corpus)
 
 REAL = os.environ.get('CMLF_ESC_DIR')  # the tests below must not see it
@@ -96,7 +97,7 @@ def test_tagging_uses_training_sources_and_other_scenes(tmp_path):
     assert len(tagging.split('val')) >= 16
 
 
-def test_padding_is_trimmed_and_levels_are_relative(tmp_path):
+def test_silence_is_trimmed_and_levels_are_relative(tmp_path):
     library = recording_library(esc50(tmp_path).resolve())
     rms = {a: np.sqrt(np.square(library.render('rain', library.sources['test']['rain'][0], 2., a)).mean())
            for a in ('loud', '', 'faint')}
@@ -105,7 +106,7 @@ def test_padding_is_trimmed_and_levels_are_relative(tmp_path):
     assert np.square(x).reshape(-1, 3200).mean(1).min() > .2*np.square(x).mean()
 
 
-def test_all_fifty_classes_have_wordings():
+def test_all_fifty_classes_have_phrases():
     names = '''dog rooster pig cow frog cat hen insects sheep crow rain sea_waves crackling_fire crickets chirping_birds
         water_drops wind pouring_water toilet_flush thunderstorm crying_baby sneezing clapping breathing coughing footsteps
         laughing brushing_teeth snoring drinking_sipping door_wood_knock mouse_click keyboard_typing door_wood_creaks
@@ -153,6 +154,14 @@ def test_too_few_sources_classes_or_meanings(tmp_path):
     with pytest.raises(CmlfError, match='2 classes are too few'): compose(RECORDINGS, esc50(tmp_path/'b', kinds=('dog', 'rain')))
     with pytest.raises(CmlfError, match='too few meanings'):
         compose(RECORDINGS.replace(n_test=9000), esc50(tmp_path/'c', kinds=('dog', 'rain', 'wind')))
+
+
+def test_one_continuous_class_is_enough_for_backgrounds(tmp_path):
+    library = recording_library(esc50(tmp_path, kinds=('dog', 'rain', 'clock_tick')).resolve())
+    scenes = draw_scenes(library, 'train', 300, 0)
+    backgrounds = [s for s in scenes if s.relation == 'background']
+    assert backgrounds and {s.events[1].kind for s in backgrounds} == {'rain'}
+    assert all(len({e.kind for e in s.events}) == len(s.events) for s in scenes)
 
 
 @pytest.mark.parametrize('key', ['n_train', 'n_val', 'n_test'])
