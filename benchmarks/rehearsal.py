@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import soundfile
 
-from cmlf.core import CmlfError, Progress, machine, rng, say, write_json
-from cmlf.data import load_corpus
+from cmlf.core import CmlfError, Progress, machine, rng, log, write_json
+from cmlf.layouts import load_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERTS = dict(audio=(10, 128), vggsound=(32, 512))  # (tokens, width) of the reference's features
@@ -70,7 +70,7 @@ def main():
     features = ','.join(f'{n}={tree/n}.h5' for n in EXPERTS)
     small = dict(corpus='manifest', width=4, text_model='tiny', head_hidden=64, joint_dim=128, seconds=1, epochs=3, budget='equal_epochs', stage_split='1+1+1',
                  ce_epochs=1, expert_features=features)
-    command = [sys.executable, '-c', 'from cmlf.reproduce import main; main()', 'reproduce', '--profile', 'audiocaps', '--data', str(tree),
+    command = [sys.executable, '-c', 'from cmlf.cli import main; main()', 'reproduce', '--profile', 'audiocaps', '--data', str(tree),
                '--runs', str(args.out/'runs'), '--out', str(args.out/'report'), '--only', KINDS]
     for key, value in small.items(): command += ['--set', f'{key}={value}']
     subprocess.run(command, check=True)
@@ -84,4 +84,4 @@ def main():
 
 if __name__ == '__main__':
     try: main()
-    except CmlfError as e: say(f'rehearsal: {e}'); sys.exit(2)
+    except CmlfError as e: log(f'rehearsal: {e}'); sys.exit(2)

@@ -8,8 +8,10 @@ import pytest
 import soundfile as sf
 
 from cmlf import data
+from cmlf.appendix import probes
 from cmlf.core import CmlfError, rng
-from cmlf.data import Clip, Corpus, clean_caption, draw_captions, load_corpus, pool_hash, same_pool
+from cmlf.data import Clip, Corpus, clean_caption, draw_captions, pool_hash, same_pool
+from cmlf.layouts import load_corpus
 
 BOM = '\ufeff'
 IDS = ['7fmOlUlwoNg', '-0Gj8-vB1q4', 'vfY_TJq7n_U', '__abc-DEF_1', 'Y2345678901']
@@ -62,7 +64,7 @@ def test_csv_files(tmp_path, waveforms, eol, bom, ext):
     wave = c.waveform(1)
     assert wave.shape == (16000,) and wave.dtype == np.float32 and np.abs(wave).max() > .05
     assert all(Path(x.source).is_absolute() for x in c.clips)
-    assert c.coverage == '4 of 4 clips' and (c.ledger.status == 'present').all()
+    assert c.coverage == '4 of 4 clips' and (c.coverage_report.status == 'present').all()
 
 
 def test_a_folder_of_csv_files_may_be_given_itself(tmp_path):
@@ -111,7 +113,7 @@ def test_aac_audiocaps(tmp_path):
         tone(root/'audio_44100Hz'/split/f'{id}_{STARTS[id]}.flac', rate=44100)
     for path in (tmp_path, root):
         c = load_corpus(path, .5)
-        assert c.name == 'audiocaps' and len(c) == 4 and c.ledger.rate.tolist() == [32000] * 4
+        assert c.name == 'audiocaps' and len(c) == 4 and c.coverage_report.rate.tolist() == [32000] * 4
         assert [len(x.captions) for x in c.clips] == [1, 1, 2, 3]
 
 
@@ -170,7 +172,7 @@ def test_another_start_is_another_sound(tmp_path):
     tone(tmp_path/'audio'/f'{IDS[3]}_77.wav')
     c = load_corpus(tmp_path, .5)
     assert c.split('val').coverage == '1 of 1 clips' and len(c) == 3
-    assert c.ledger.set_index('id').loc[IDS[3], 'reason'] == f'only found as {IDS[3]}_77.wav'
+    assert c.coverage_report.set_index('id').loc[IDS[3], 'reason'] == f'only found as {IDS[3]}_77.wav'
 
 
 def test_two_segments_of_one_video_are_two_clips(tmp_path):
@@ -183,7 +185,7 @@ def test_two_segments_of_one_video_are_two_clips(tmp_path):
     assert corpus.clips[0].source.endswith('_30.flac') and corpus.clips[3].source.endswith('_60.flac')
     (tmp_path/'audio'/'train'/f'{a}_30.flac').rename(tmp_path/'audio'/'train'/f'{a}.flac')  # of which segment is it?
     corpus = load_corpus(tmp_path, .5)
-    assert len(corpus) == 3 and corpus.ledger.reason[0].startswith('only found as ')
+    assert len(corpus) == 3 and corpus.coverage_report.reason[0].startswith('only found as ')
 
 
 def test_layouts_of_audiocaps_share_pool_and_hash(tmp_path):
@@ -279,7 +281,7 @@ def test_manifest_without_split(tmp_path, capsys):
     again = quiet_load(write(tmp_path/'elsewhere'/'b.csv', '\n'.join(['path,caption'] + text.split('\n')[:0:-1]).replace('\n\n', '\n')))
     assert {c.id: c.split for c in first.clips} == {c.id: c.split for c in again.clips}
     assert [len(first.split(s)) > n for s, n in (('train', 130), ('val', 8), ('test', 8))] == [True] * 3
-    assert 'split 80/10/10' in capsys.readouterr().err and 'split 80/10/10' in first.about
+    assert 'split 80/10/10' in capsys.readouterr().err and 'split 80/10/10' in first.description
 
 
 # --- bad input: one line with file and row
@@ -402,9 +404,9 @@ def test_places_that_hold_nothing(tmp_path):
         load_corpus(root, .5, audio=tmp_path/'others')
 
 
-# --- ledger
+# --- coverage report
 
-def test_ledger_says_why(tmp_path, cache, capsys):
+def test_coverage_report_gives_reasons(tmp_path, cache, capsys):
     root = tmp_path/'mine'
     names = ['fine', 'absent', 'cut', 'page', 'empty', 'short', 'brief', 'long', 'hollow']
     write(root/'manifest.csv', 'path,caption,split\n' + ''.join(f'{n}.flac,Sound of {n},test\n' for n in names))
@@ -414,59 +416,59 @@ def test_ledger_says_why(tmp_path, cache, capsys):
     (root/'empty.flac').write_bytes(b'')
     tone(root/'hollow.flac', 0)
     c = load_corpus(root, 2)
-    status = c.ledger.set_index('id').status.to_dict()
+    status = c.coverage_report.set_index('id').status.to_dict()
     assert {n: status[f'{n}.flac'] for n in names} == dict(
         fine='present', absent='missing', cut='unreadable', page='unreadable', empty='unreadable',
         short='wrong length', brief='present', long='present', hollow='unreadable')
     assert c.coverage == '3 of 9 clips' and [x.id for x in c.clips] == ['fine.flac', 'brief.flac', 'long.flac']
     assert c.waveform(1).shape == c.waveform(2).shape == (64000,)
-    assert c.ledger.set_index('id').reason['long.flac'] == '5.00 s, cut to 2 s'
+    assert c.coverage_report.set_index('id').reason['long.flac'] == '5.00 s, cut to 2 s'
     assert '3 of 9 test clips' in capsys.readouterr().err
-    written = pd.read_csv(next(cache.glob('mine-*-ledger.csv')))
-    assert written.status.tolist() == c.ledger.status.tolist() and written.sha256.notna().sum() == 8
+    written = pd.read_csv(next(cache.glob('mine-*-coverage.csv')))
+    assert written.status.tolist() == c.coverage_report.status.tolist() and written.sha256.notna().sum() == 8
 
 
-def test_audiocaps_clips_are_ten_seconds_and_others_are_said(tmp_path):
+def test_audiocaps_clips_of_another_length_get_a_remark(tmp_path):
     root = csv_files(tmp_path/'a')
     tone(root/'waveforms'/'Y7fmOlUlwoNg.wav', .3)
     c = load_corpus(root, .5)
-    assert c.ledger.status[0] == 'wrong length' and c.ledger.used[0] and '0.30 s, padded to 0.5 s' in c.ledger.reason[0]
+    assert c.coverage_report.status[0] == 'wrong length' and c.coverage_report.used[0] and '0.30 s, padded to 0.5 s' in c.coverage_report.reason[0]
     assert c.waveform(0).shape == (16000,) and not c.waveform(0)[-3000:].any()
 
 
-def test_files_are_looked_at_once_and_again_when_they_change(tmp_path, monkeypatch):
+def test_files_are_probed_once_and_again_when_they_change(tmp_path, monkeypatch):
     root = csv_files(tmp_path/'a')
-    looked = []
-    real = data._look
-    monkeypatch.setattr(data, '_look', lambda p, s: looked.append(Path(p).name) or real(p, s))
+    probed = []
+    real = probes.probe
+    monkeypatch.setattr(probes, 'probe', lambda p, s: probed.append(Path(p).name) or real(p, s))
     first = load_corpus(root, .5)
-    assert len(looked) == 4 and load_corpus(root, .5).hash == first.hash and len(looked) == 4
+    assert len(probed) == 4 and load_corpus(root, .5).hash == first.hash and len(probed) == 4
     tone(root/'waveforms'/'Y7fmOlUlwoNg.wav', .5, hz=777)
     os.utime(root/'waveforms'/'Y7fmOlUlwoNg.wav', ns=(1, 1))
     changed = load_corpus(root, .5)
-    assert looked[4:] == ['Y7fmOlUlwoNg.wav'] and changed.hash != first.hash
+    assert probed[4:] == ['Y7fmOlUlwoNg.wav'] and changed.hash != first.hash
     assert pool_hash(changed) == pool_hash(first)  # the same clips and captions are ranked
 
 
-def test_a_killed_look_resumes(tmp_path, monkeypatch, cache):
-    root, real, looked = csv_files(tmp_path/'a'), data._look, []
+def test_interrupted_probing_resumes(tmp_path, monkeypatch, cache):
+    root, real, probed = csv_files(tmp_path/'a'), probes.probe, []
     def dies(path, seconds):
         if 'vfY_TJq7n_U' in path: raise KeyboardInterrupt
         return real(path, seconds)
-    monkeypatch.setattr(data, '_look', dies)
+    monkeypatch.setattr(probes, 'probe', dies)
     with pytest.raises(KeyboardInterrupt): load_corpus(root, .5)
-    notes = cache/'looks.jsonl'
-    assert len(data._remembered(notes)) == 2
-    with open(notes, 'a') as f: f.write('["/half a li')
-    monkeypatch.setattr(data, '_look', lambda p, s: looked.append(p) or real(p, s))
-    assert len(load_corpus(root, .5)) == 4 and len(looked) == 2
+    stored = cache/'probes.jsonl'
+    assert len(probes._stored_probes(stored)) == 2
+    with open(stored, 'a') as f: f.write('["/half a li')
+    monkeypatch.setattr(probes, 'probe', lambda p, s: probed.append(p) or real(p, s))
+    assert len(load_corpus(root, .5)) == 4 and len(probed) == 2
 
 
-def test_same_sound_in_two_splits_is_said(tmp_path, capsys):
+def test_same_sound_in_two_splits_gets_a_remark(tmp_path, capsys):
     root = csv_files(tmp_path/'a')
     (root/'waveforms'/'Y__abc-DEF_1.wav').write_bytes((root/'waveforms'/'Y7fmOlUlwoNg.wav').read_bytes())
     c = load_corpus(root, .5)
-    assert c.ledger.reason[3] == 'same bytes as 7fmOlUlwoNg in train' and '2 with the bytes of a clip' in capsys.readouterr().err
+    assert c.coverage_report.reason[3] == 'same bytes as 7fmOlUlwoNg in train' and '2 with the bytes of a clip' in capsys.readouterr().err
 
 
 def test_several_files_for_one_clip(tmp_path):
@@ -474,7 +476,7 @@ def test_several_files_for_one_clip(tmp_path):
     tone(root/'waveforms'/'Y7fmOlUlwoNg.flac')
     tone(root/'waveforms'/'._Y7fmOlUlwoNg.wav')
     c = load_corpus(root, .5)
-    assert c.clips[0].source.endswith('.wav') and c.ledger.reason[0] == '2 files, took Y7fmOlUlwoNg.wav'
+    assert c.clips[0].source.endswith('.wav') and c.coverage_report.reason[0] == '2 files, took Y7fmOlUlwoNg.wav'
 
 
 def test_linked_folders_are_walked_once(tmp_path):
@@ -484,7 +486,7 @@ def test_linked_folders_are_walked_once(tmp_path):
     (root/'waveforms'/'all').symlink_to(tmp_path/'disk', target_is_directory=True)
     (tmp_path/'disk'/'back').symlink_to(root/'waveforms', target_is_directory=True)
     c = load_corpus(root, .5)
-    assert len(c) == 4 and not c.ledger.reason.any()
+    assert len(c) == 4 and not c.coverage_report.reason.any()
 
 
 # --- pools
@@ -503,7 +505,7 @@ def test_pools_never_share_a_table(tmp_path):
     with pytest.raises(CmlfError, match='carries no pool'): same_pool({'R@1': 3.0}, whole)
 
 
-def test_clips_know_their_row_and_the_hash_does_not(tmp_path):
+def test_clips_have_their_row_and_the_hash_ignores_it(tmp_path):
     official(tmp_path/'a')
     csv_files(tmp_path/'b')
     a, b = quiet_load(tmp_path/'a'), quiet_load(tmp_path/'b')
@@ -592,7 +594,7 @@ def test_groups_of_fifty_thousand_clips_take_a_moment():
     assert time.process_time() - start < 5 and len(set(groups[50000:])) == 1  # measured: half a second
 
 
-def test_a_corpus_says_which_splits_it_has():
+def test_splits_of_a_corpus():
     clip = lambda s, i: Clip(f'{s}{i}', s, ('rain',), ('Rain',), f'{s} {i}')
     c = Corpus('x', [clip('test', 0), clip('train', 0), clip('test', 1)], None, 1)
     assert c.splits == ('train', 'test') and c.split('test').splits == ('test',)
@@ -611,7 +613,7 @@ def test_hash_is_computed_once_and_clips_stay(monkeypatch):
     assert c.only(['a']).hash != first
 
 
-def test_keys_without_a_ledger_follow_the_file(tmp_path):
+def test_keys_without_a_coverage_report_follow_the_file(tmp_path):
     path = tone(tmp_path/'a.wav')
     key = lambda: Corpus('x', [Clip('a', 'train', ('rain',), ('Rain',), str(path))], None, 1).keys
     first = key()
@@ -661,7 +663,7 @@ def test_audiocaps_test_pool_in_both_csv_forms(audiocaps, tmp_path):
 def test_audiocaps_with_some_sound(audiocaps, tmp_path):
     for c in audiocaps.split('test').clips[:6]: tone(tmp_path/'test'/f'Y{c.id}.wav')
     c = load_corpus(os.environ['CMLF_AUDIOCAPS_CSV'], .5, audio=tmp_path)
-    assert c.split('test').coverage == '6 of 957 clips' and (c.ledger.status == 'missing').sum() == 49274 + 494 + 951
+    assert c.split('test').coverage == '6 of 957 clips' and (c.coverage_report.status == 'missing').sum() == 49274 + 494 + 951
 
 
 def test_cleaning_is_the_baselines():

@@ -8,8 +8,10 @@ import pytest
 import soundfile as sf
 
 from cmlf import data
+from cmlf.appendix import probes
 from cmlf.core import CmlfError
-from cmlf.data import Clip, Corpus, load_corpus, pool_hash, read_relevance, recognise, safe_name, write_corpus
+from cmlf.data import Clip, Corpus, pool_hash, read_relevance, safe_name, write_corpus
+from cmlf.layouts import load_corpus, recognise
 from cmlf.features import LogMel, build_store, load_audio
 
 IDS = ['7fmOlUlwoNg', '-0Gj8-vB1q4', 'vfY_TJq7n_U', '__abc-DEF_1']
@@ -78,8 +80,8 @@ def test_both_versions_side_by_side_are_refused(tmp_path):
     for v in ('v1', 'v2'): audiocaps(tmp_path/'AUDIOCAPS'/f'csv_files_{v}')
     aac_sounds(tmp_path/'AUDIOCAPS')
     for path in (tmp_path, tmp_path/'AUDIOCAPS'):
-        told = refusal(load_corpus, path, .5)
-        assert 'csv_files_v1 and ' in told and 'csv_files_v2; give one of these folders' in told and 'layout=' not in told
+        message = refusal(load_corpus, path, .5)
+        assert 'csv_files_v1 and ' in message and 'csv_files_v2; give one of these folders' in message and 'layout=' not in message
     assert len(load_corpus(tmp_path/'AUDIOCAPS'/'csv_files_v2', .5)) == 4
 
 
@@ -106,7 +108,7 @@ def test_wavcaps_json_beside_its_flac(tmp_path):
     for path in (file, tmp_path):
         c = load_corpus(path, .5)
         assert c.name == 'wavcaps' and [x.id for x in c.clips] == ['2219', '2218', '2216'] and c.coverage == '3 of 4 clips'
-        assert c.clips[0].where == f'{file} row 1' and 'split 80/10/10 by hash' in c.about
+        assert c.clips[0].where == f'{file} row 1' and 'split 80/10/10 by hash' in c.description
     assert c.missing[0].id == '2217' and c.waveform(0).any()
 
 
@@ -126,7 +128,7 @@ def test_wavcaps_of_several_sources(tmp_path):
     for path in (root, tmp_path):
         c = load_corpus(path, .5)
         assert {x.id: Path(x.source).parent.name for x in c.clips} == {'FreeSound/17': 'FreeSound', 'SoundBible/17': 'SoundBible'}
-        assert c.missing[0].id == 'BBC/17' and c.ledger.reason[c.ledger.id == 'BBC/17'].item().startswith('only found as')
+        assert c.missing[0].id == 'BBC/17' and c.coverage_report.reason[c.coverage_report.id == 'BBC/17'].item().startswith('only found as')
     one = load_corpus(root/'json_files'/'SoundBible'/'sb_final.json', .5)
     assert [x.id for x in one.clips] == ['17'] and 'SoundBible' in one.clips[0].source
 
@@ -141,15 +143,15 @@ def test_json_with_several_captions_real_paths_and_splits(tmp_path):
 
 
 def test_bad_wavcaps(tmp_path):
-    told = lambda text: refusal(load_corpus, write(tmp_path/'x.json', text), .5)
-    assert 'x.json row 2: caption is empty' in told('{"data": [{"id": "1", "caption": "Rain"}, {"id": "2", "caption": " "}]}')
-    assert "x.json row 2: id '1' was already in" in told('{"data": [{"id": "1", "caption": "Rain"}, {"id": "1.wav", "caption": "Rain"}]}')
-    for id in ('', '"id": null, ', '"id": "", '): assert 'x.json row 1: id is empty' in told(f'{{"data": [{{{id}"caption": "Rain"}}]}}')
-    assert 'not JSON' in told('{"data": [{"id": "1", "caption": "Rain"}, {"id"')
-    assert 'a JSON list of 1 object with keys path, caption' in told('[{"path": "a.wav", "caption": "Rain"}]')
-    assert 'a JSON list of 2 objects with keys wav' in told('[{"wav": 1}, {"wav": 2}]')
-    assert 'a JSON object with keys audio; audio is a JSON list of 1 object with keys a' in told('{"audio": [{"a": 1}]}')
-    assert 'a .json file that is not JSON' in told('{"audio"')
+    message = lambda text: refusal(load_corpus, write(tmp_path/'x.json', text), .5)
+    assert 'x.json row 2: caption is empty' in message('{"data": [{"id": "1", "caption": "Rain"}, {"id": "2", "caption": " "}]}')
+    assert "x.json row 2: id '1' was already in" in message('{"data": [{"id": "1", "caption": "Rain"}, {"id": "1.wav", "caption": "Rain"}]}')
+    for id in ('', '"id": null, ', '"id": "", '): assert 'x.json row 1: id is empty' in message(f'{{"data": [{{{id}"caption": "Rain"}}]}}')
+    assert 'not JSON' in message('{"data": [{"id": "1", "caption": "Rain"}, {"id"')
+    assert 'a JSON list of 1 object with keys path, caption' in message('[{"path": "a.wav", "caption": "Rain"}]')
+    assert 'a JSON list of 2 objects with keys wav' in message('[{"wav": 1}, {"wav": 2}]')
+    assert 'a JSON object with keys audio; audio is a JSON list of 1 object with keys a' in message('{"audio": [{"a": 1}]}')
+    assert 'a .json file that is not JSON' in message('{"audio"')
 
 
 # --- parquet with the sound inside
@@ -206,7 +208,7 @@ def test_sound_inside_parquet_is_copied_once_and_read_anywhere(tmp_path, cache, 
     assert abs(queue.get(timeout=120) - .1) < .01
     child.join()
     copies = []
-    monkeypatch.setattr(data, '_keep_sound', lambda *a, real=data._keep_sound: copies.append(1) or real(*a))
+    monkeypatch.setattr(probes, '_save_sound', lambda *a, real=probes._save_sound: copies.append(1) or real(*a))
     assert load_corpus(tmp_path/'d', .5).hash == c.hash and not copies
     Path(c.clips[2].source).unlink()  # the cache may be cleared
     assert load_corpus(tmp_path/'d', .5).hash == c.hash and len(copies) == 5
@@ -215,15 +217,15 @@ def test_sound_inside_parquet_is_copied_once_and_read_anywhere(tmp_path, cache, 
 
 def test_copying_resumes_and_needs_space(tmp_path, cache, monkeypatch):
     hub(tmp_path/'d'/'train-0.parquet', audio=[(encoded(300 + i), f'{i}.flac') for i in range(5)], caption=list('abcde'))
-    def dies(folder, sound, real=data._keep_sound):
+    def dies(folder, sound, real=probes._save_sound):
         if sound['path'] == '3.flac': raise KeyboardInterrupt
         return real(folder, sound)
     with monkeypatch.context() as m:
-        m.setattr(data, '_keep_sound', dies)
+        m.setattr(probes, '_save_sound', dies)
         with pytest.raises(KeyboardInterrupt): load_corpus(tmp_path/'d', .5)
     assert not list((cache/'sounds').glob('*.json'))
     with monkeypatch.context() as m:
-        m.setattr(data.shutil, 'disk_usage', lambda p: type('', (), dict(free=10)))
+        m.setattr(probes.shutil, 'disk_usage', lambda p: type('', (), dict(free=10)))
         assert 'train-0.parquet: its sound needs 0.0 GB' in refusal(load_corpus, tmp_path/'d', .5)
     assert len(load_corpus(tmp_path/'d', .5)) == 5
 
@@ -234,7 +236,7 @@ def test_copying_goes_by_row_groups(tmp_path):
     file = hub(tmp_path/'train-0.parquet', 4, audio=[(noise.bytes(500_000), f'{i}.wav') for i in range(80)], caption=['x'] * 80)
     del noise
     before, most = pa.total_allocated_bytes(), 0
-    for sound in data._sounds_in(file): most = max(most, pa.total_allocated_bytes() - before)
+    for sound in probes._sounds_in(file): most = max(most, pa.total_allocated_bytes() - before)
     assert most < 12e6  # six times a group of 2 MB, of 40 MB in all
 
 
@@ -280,13 +282,13 @@ def test_bad_parquet_with_sound(tmp_path):
     file = hub(tmp_path/'c'/'train-0.parquet', audio=[same[0], (encoded(400), 'b.wav')], text=['Rain', ''])
     assert 'train-0.parquet row 2: caption is empty' in refusal(load_corpus, file, .5)
     hub(tmp_path/'d'/'data'/'train-00000-of-00003.parquet', audio=same[:1], text=['Rain'])
-    assert 'only 1 of 3 files of data/train' in load_corpus(tmp_path/'d', .5).about
+    assert 'only 1 of 3 files of data/train' in load_corpus(tmp_path/'d', .5).description
     half = tmp_path/'d'/'data'/'train-00001-of-00003.parquet'
     half.write_bytes((tmp_path/'d'/'data'/'train-00000-of-00003.parquet').read_bytes()[:500])
     assert 'train-00001-of-00003.parquet: not parquet' in refusal(load_corpus, tmp_path/'d', .5)
     nothing = hub(tmp_path/'e'/'train-0.parquet', audio=[(None, 'a.wav'), (encoded(400), 'b.wav'), (b'no sound', 'c.wav')], text=['Rain', 'Wind', 'Hail'])
     c = load_corpus(nothing, .5)
-    assert c.ledger.status.tolist() == ['missing', 'present', 'unreadable'] and c.ledger.reason[0] == 'no sound in its row'
+    assert c.coverage_report.status.tolist() == ['missing', 'present', 'unreadable'] and c.coverage_report.reason[0] == 'no sound in its row'
 
 
 def test_without_pyarrow_it_is_named(tmp_path, monkeypatch):
@@ -323,7 +325,7 @@ def test_audiofolder(tmp_path, ext, where):
         else: table(root/split/f'metadata.{ext}', rows)
     if every: table(root/f'metadata.{ext}', every)
     c = load_corpus(tmp_path, .5)
-    assert c.splits == ('train', 'val', 'test') and c.coverage == '6 of 6 clips' and 'hash' not in c.about
+    assert c.splits == ('train', 'val', 'test') and c.coverage == '6 of 6 clips' and 'hash' not in c.description
     assert sorted(x.captions for x in c.split('val').clips) == [('sound b',), ('sound g',)] and c.name == tmp_path.name.lower()
 
 
@@ -331,17 +333,17 @@ def test_audiofolder_of_one_split_and_of_none(tmp_path):
     tone(tmp_path/'train'/'a.wav'), tone(tmp_path/'my test corpus'/'a.wav')
     for folder in ('train', 'my test corpus'): write(tmp_path/folder/'metadata.jsonl', '{"file_name": "a.wav", "caption": ["Rain", "It rains"]}\n')
     c = load_corpus(tmp_path/'train', .5)
-    assert c.clips[0].split == 'train' and c.clips[0].captions == ('rain', 'it rains') and 'hash' not in c.about
-    assert 'split 80/10/10 by hash' in load_corpus(tmp_path/'my test corpus', .5).about
+    assert c.clips[0].split == 'train' and c.clips[0].captions == ('rain', 'it rains') and 'hash' not in c.description
+    assert 'split 80/10/10 by hash' in load_corpus(tmp_path/'my test corpus', .5).description
 
 
 def test_bad_audiofolder(tmp_path):
-    told = lambda text: refusal(load_corpus, write(tmp_path/'x'/'metadata.jsonl', text).parent, .5)
-    assert 'metadata.jsonl row 2: not JSON' in told('{"file_name": "a.wav", "text": "Rain"}\n{"file_name": "b.wa')
-    assert 'metadata.jsonl row 2: ' in told('{"file_name": "a.wav", "text": "Rain"}\n["b.wav"]\n')
-    assert 'none of 1 clips has usable sound, e.g. a.wav: no such file' in told('{"file_name": "a.wav", "text": "Rain"}\n')
-    assert 'metadata.jsonl row 2: file_name is None, not text' in told('{"file_name": "a.wav", "text": "Rain"}\n{"text": "Wind"}\n')
-    assert 'caption is 3, not text' in told('{"file_name": "a.wav", "text": 3}\n')
+    message = lambda text: refusal(load_corpus, write(tmp_path/'x'/'metadata.jsonl', text).parent, .5)
+    assert 'metadata.jsonl row 2: not JSON' in message('{"file_name": "a.wav", "text": "Rain"}\n{"file_name": "b.wa')
+    assert 'metadata.jsonl row 2: ' in message('{"file_name": "a.wav", "text": "Rain"}\n["b.wav"]\n')
+    assert 'none of 1 clips has usable sound, e.g. a.wav: no such file' in message('{"file_name": "a.wav", "text": "Rain"}\n')
+    assert 'metadata.jsonl row 2: file_name is None, not text' in message('{"file_name": "a.wav", "text": "Rain"}\n{"text": "Wind"}\n')
+    assert 'caption is 3, not text' in message('{"file_name": "a.wav", "text": 3}\n')
 
 
 # --- manifests with tabs or semicolons
@@ -367,14 +369,14 @@ def test_manifest_files_of_a_folder(tmp_path):
     assert 'row 3: 3 fields where the header has 2; a semicolon is not quoted' in refusal(load_corpus, tmp_path, .5)
 
 
-def test_what_was_found_is_said(tmp_path):
-    told = lambda path: refusal(load_corpus, path, .5)
-    assert 'a .wav file; no corpus found' in told(tone(tmp_path/'a.wav'))
-    assert "m.csv row 1: no column 'path'; it has wav, words" in told(write(tmp_path/'x'/'m.csv', 'wav,words\na.wav,Rain\n'))
-    assert 'a folder with 1 .csv; m.csv with columns wav, words; no corpus found; looked for' in told(tmp_path/'x')
+def test_message_describes_what_was_found(tmp_path):
+    message = lambda path: refusal(load_corpus, path, .5)
+    assert 'a .wav file; no corpus found' in message(tone(tmp_path/'a.wav'))
+    assert "m.csv row 1: no column 'path'; it has wav, words" in message(write(tmp_path/'x'/'m.csv', 'wav,words\na.wav,Rain\n'))
+    assert 'a folder with 1 .csv; m.csv with columns wav, words; no corpus found; looked for' in message(tmp_path/'x')
     (tmp_path/'empty').mkdir()
-    assert 'a folder with nothing; no corpus found' in told(tmp_path/'empty')
-    assert 'a .zip file; no corpus found' in told(write(tmp_path/'a.zip', 'PK'))
+    assert 'a folder with nothing; no corpus found' in message(tmp_path/'empty')
+    assert 'a .zip file; no corpus found' in message(write(tmp_path/'a.zip', 'PK'))
 
 
 # --- sound that breaks, that cannot seek, that cancels, that is silent
@@ -390,14 +392,14 @@ def test_a_corpus_of_difficult_sound(tmp_path, capsys):
     (tmp_path/'half.wav').write_bytes((tmp_path/'half.wav').read_bytes()[:64000])
     names = ['fine.flac', 'phone.wav', 'cancel.wav', 'silent.flac', 'clipped.wav', 'broken.flac', 'half.wav', 'nan.wav']
     c = load_corpus(write(tmp_path/'m.csv', 'path,caption,split\n' + ''.join(f'{n},Sound of {n[:-4]},train\n' for n in names)), 2)
-    status, reason = (dict(zip(c.ledger.id, c.ledger[k])) for k in ('status', 'reason'))
+    status, reason = (dict(zip(c.coverage_report.id, c.coverage_report[k])) for k in ('status', 'reason'))
     assert [n for n in names if status[n] == 'unreadable'] == ['broken.flac', 'half.wav', 'nan.wav']
     assert c.coverage == '5 of 8 clips' and [x.id for x in c.clips] == names[:5] and [x.id for x in c.missing] == names[5:]
     assert reason['cancel.wav'] == 'channels cancel, took the loudest' and reason['silent.flac'] == 'silent'
     assert reason['clipped.wav'].startswith('clipped, ') and reason['phone.wav'] == reason['fine.flac'] == ''
     assert np.allclose(c.waveform(2), c.waveform(0), atol=1e-3)
-    said = capsys.readouterr().err
-    assert '5 of 8 train clips; 3 unreadable; 1 silent; 1 clipped; 1 with channels that cancel' in said
+    logged = capsys.readouterr().err
+    assert '5 of 8 train clips; 3 unreadable; 1 silent; 1 clipped; 1 with channels that cancel' in logged
     store = build_store(tmp_path/'store', c.keys, c.waveform, LogMel(), 2, workers=2)  # all that is counted can be read
     assert len(store) == 5
 
@@ -407,8 +409,8 @@ def test_a_file_that_breaks_later_is_named(tmp_path):
     c = load_corpus(write(tmp_path/'m.csv', 'path,caption,split\na.flac,Rain,train\nb.flac,Wind,train\n'), 2)
     (tmp_path/'b.flac').write_bytes((tmp_path/'b.flac').read_bytes()[:4000])
     for read in (lambda: c.waveform(1), lambda: build_store(tmp_path/'store', c.keys, c.waveform, LogMel(), 2, workers=2)):
-        told = refusal(read)
-        assert told.startswith("clip 'b.flac': ") and 'b.flac: cut off' in told and 'load it again' in told
+        message = refusal(read)
+        assert message.startswith("clip 'b.flac': ") and 'b.flac: cut off' in message and 'load it again' in message
     assert load_corpus(tmp_path/'m.csv', 2).coverage == '1 of 2 clips'
 
 
@@ -416,23 +418,23 @@ def test_probes_of_an_older_version_are_not_used(tmp_path, cache, monkeypatch):
     file = tone(tmp_path/'a.wav')
     m = write(tmp_path/'m.csv', 'path,caption,split\na.wav,Rain,train\n')
     stat = file.stat()
-    look = dict(seconds=9.0, rate=8000, sha256='old', error='', remark='')
-    write(cache/'looks.jsonl', ''.join(json.dumps(line) + '\n' for line in (
-        [str(file), stat.st_size, stat.st_mtime_ns, look], [data.PROBE_VERSION - 1, .5, str(file), stat.st_size, stat.st_mtime_ns, look], 7, 'x')))
-    looked = []
-    monkeypatch.setattr(data, '_look', lambda *a, real=data._look: looked.append(a) or real(*a))
-    assert load_corpus(m, .5).ledger.rate[0] == 32000 and len(looked) == 1
+    result = dict(seconds=9.0, rate=8000, sha256='old', error='', remark='')
+    write(cache/'probes.jsonl', ''.join(json.dumps(line) + '\n' for line in (
+        [str(file), stat.st_size, stat.st_mtime_ns, result], [probes.PROBE_VERSION - 1, .5, str(file), stat.st_size, stat.st_mtime_ns, result], 7, 'x')))
+    probed = []
+    monkeypatch.setattr(probes, 'probe', lambda *a, real=probes.probe: probed.append(a) or real(*a))
+    assert load_corpus(m, .5).coverage_report.rate[0] == 32000 and len(probed) == 1
     load_corpus(m, .5)
-    assert len(looked) == 1
+    assert len(probed) == 1
     load_corpus(m, .4)  # other seconds are decoded
-    assert len(looked) == 2
+    assert len(probed) == 2
 
 
 def test_only_the_used_seconds_have_to_be_whole(tmp_path):
     tone(tmp_path/'a.flac', 300, 9)
     (tmp_path/'a.flac').write_bytes((tmp_path/'a.flac').read_bytes()[:-9000])
     m = write(tmp_path/'m.csv', 'path,caption,split\na.flac,Rain,train\n')
-    assert load_corpus(m, 1).ledger.reason[0] == '9.00 s, cut to 1 s; cut off after the used part'
+    assert load_corpus(m, 1).coverage_report.reason[0] == '9.00 s, cut to 1 s; cut off after the used part'
     assert 'none of 1 clips has usable sound' in refusal(load_corpus, m, 9)
 
 
@@ -565,19 +567,19 @@ def test_right_pairs_of_clips_without_sound_are_left_out(tmp_path):
 
 def test_bad_right_pairs(tmp_path):
     c = clotho(tmp_path)
-    told = lambda text, name='right.csv': refusal(read_relevance, write(tmp_path/name, text), c)
-    assert "right.csv row 3: clotho has no clip 'Sea.wav'" in told('caption,file_name\nWind,Door.wav\nWind,Sea.wav\n')
-    assert "right.csv row 2: clotho has no caption 'the sea'" in told('caption,file_name\nThe sea,Door.wav\n')
-    assert 'right.csv row 2: caption is empty' in told('caption,file_name\n,Door.wav\n')
-    assert 'right.csv row 1: no column file_name or path or clip' in told('caption,sound\nWind,Door.wav\n')
-    assert 'right.csv row 1: no column caption or query' in told('words,file_name\nWind,Door.wav\n')
-    assert 'row 2: audio_filenames is' in told('query,audio_filenames\nWind,__import__("os").system("touch hacked")\n'.replace('"', "'"))
-    assert "right.json caption 'Wind': clotho has no clip 'Sea'" in told('{"Wind": ["Door", "Sea"]}', 'right.json')
-    assert "right.json caption 'Wind': clip 7 is not text" in told('{"Wind": [7]}', 'right.json')
+    message = lambda text, name='right.csv': refusal(read_relevance, write(tmp_path/name, text), c)
+    assert "right.csv row 3: clotho has no clip 'Sea.wav'" in message('caption,file_name\nWind,Door.wav\nWind,Sea.wav\n')
+    assert "right.csv row 2: clotho has no caption 'the sea'" in message('caption,file_name\nThe sea,Door.wav\n')
+    assert 'right.csv row 2: caption is empty' in message('caption,file_name\n,Door.wav\n')
+    assert 'right.csv row 1: no column file_name or path or clip' in message('caption,sound\nWind,Door.wav\n')
+    assert 'right.csv row 1: no column caption or query' in message('words,file_name\nWind,Door.wav\n')
+    assert 'row 2: audio_filenames is' in message('query,audio_filenames\nWind,__import__("os").system("touch hacked")\n'.replace('"', "'"))
+    assert "right.json caption 'Wind': clotho has no clip 'Sea'" in message('{"Wind": ["Door", "Sea"]}', 'right.json')
+    assert "right.json caption 'Wind': clip 7 is not text" in message('{"Wind": [7]}', 'right.json')
     assert 'no such file of right pairs' in refusal(read_relevance, tmp_path/'no.csv', c)
-    twins = Corpus('x', [Clip(f'{s}/Door', s, ('door',), ('Door',), f'recipe {s}') for s in ('train', 'test')], None, 1)
-    assert "'Door.wav' may be any of 2 clips" in refusal(read_relevance, write(tmp_path/'r.csv', 'caption,clip\nDoor,Door.wav\n'), twins)
-    assert read_relevance(write(tmp_path/'r.csv', 'caption,clip\nDoor,train/Door\n'), twins) == [{0}, {1, 0}]
+    both = Corpus('x', [Clip(f'{s}/Door', s, ('door',), ('Door',), f'recipe {s}') for s in ('train', 'test')], None, 1)
+    assert "'Door.wav' may be any of 2 clips" in refusal(read_relevance, write(tmp_path/'r.csv', 'caption,clip\nDoor,Door.wav\n'), both)
+    assert read_relevance(write(tmp_path/'r.csv', 'caption,clip\nDoor,train/Door\n'), both) == [{0}, {1, 0}]
 
 
 # --- the real tables are read as fast as before

@@ -294,7 +294,7 @@ def captions():
     "(captions, owner) of AudioCaps' test set."
     folder = os.environ.get('CMLF_AUDIOCAPS_CSV')
     if not folder: pytest.skip('CMLF_AUDIOCAPS_CSV is not set: the csv files of AudioCaps are not here')
-    from cmlf.data import load_corpus
+    from cmlf.layouts import load_corpus
     test = load_corpus(folder, 10, audio=False).split('test')
     return np.array(test.captions), np.asarray(test.owner)
 

@@ -97,7 +97,7 @@ def test_data_is_the_same_in_every_process(tmp_path):
     assert hashes[0] == hashes[1]
 
 def test_a_corpus_written_out_can_be_read_back(tmp_path):
-    from cmlf.data import load_corpus
+    from cmlf.layouts import load_corpus
     done = cmlf('data', '--profile', 'smoke', '--out', tmp_path/'corpus', '--json')
     facts = json.loads(done.stdout)
     again = load_corpus(tmp_path/'corpus'/'manifest.csv', 2.0)
@@ -177,7 +177,7 @@ def test_rows_that_lack_a_file_are_refused_before_any_work(own_sounds, tmp_path)
     assert not list(tmp_path.rglob('*.partial'))
 
 def test_a_silent_recording_or_a_text_file_is_named(own_sounds, tmp_path):
-    "Unreadable sound is missing sound: it is in the ledger, and named when nothing else is left."
+    "Unreadable sound is missing sound: it is in the coverage report, and named when nothing else is left."
     folder = tmp_path/'broken'
     folder.mkdir()
     (folder/'a.wav').write_text('no sound')
