@@ -1,6 +1,6 @@
-"""The code that results depend on, as hashes that are pinned in pinned.json.
+"""The code that results depend on, as hashes that are kept in pinned.json.
 
-    python tests/pinned.py ROOM "a sentence: why results change, or why they stay the same"
+    python tests/pinned.py NAME "a sentence: why results change, or why they stay the same"
 """
 import ast, hashlib, json, sys
 from pathlib import Path
@@ -8,10 +8,19 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FILE = Path(__file__).with_name('pinned.json')
 
-PARTS = {   # a part of a module by the names of its definitions; other rooms are whole modules
-    'batches': ('mining', 'mine mine_random Task unit_vectors _search _labels _keep_apart spread_groups _weights separate _separate _together choose_dropped KINDS'.split()),
-    'reproduce': ('reproduce', 'fit new_model trained vectors pretrain fit_experts fit_ce _features_on_disk store pairs key _key contents '
-                               'parents relevant run_profile corpus log_mel Lab'.split())}
+_KEYS = ('READS reads run_profile run_config contents not_default modules _key key spec parents RunSpec '
+         '_ALWAYS _MODULES _DUAL').split()
+
+PARTS = {   # a version -> its modules; of some modules only the definitions of these names
+    'core': {'core': None, 'config': None},
+    'features': {'features': None},
+    'data': {'data': None, 'layouts': None, 'appendix/corpus_tables': None, 'appendix/probes': None},
+    'soundscapes': {'soundscapes': None, 'appendix/synthesis': None, 'appendix/recordings': None},
+    'batches': {'batches': None},
+    'mining': {'mining': None, 'appendix/neighbours': None, 'appendix/batch_search': None, 'appendix/bounds': None},
+    'encoders': {'encoders': None}, 'loss': {'loss': None}, 'metrics': {'metrics': None}, 'training': {'training': None},
+    'baselines': {'baselines': None, 'appendix/experts': None},
+    'reproduce': {'experiments': None, 'runs': _KEYS}}
 
 class _Bare(ast.NodeTransformer):
     "Without docstrings; comments are no part of a tree."
@@ -32,18 +41,18 @@ def hash_of(source:str, only=None) -> str:
     nodes = [n for n in nodes if '__all__' not in _names(n)]
     return hashlib.sha256('\n'.join(map(ast.unparse, nodes)).encode()).hexdigest()[:16]
 
-def code_hash(room:str) -> str:
-    module, only = PARTS.get(room, (room, None))
-    return hash_of((ROOT/'cmlf'/f'{module}.py').read_text(encoding='utf-8'), only)
+def code_hash(name:str) -> str:
+    hashes = [hash_of((ROOT/'cmlf'/f'{m}.py').read_text(encoding='utf-8'), only) for m, only in PARTS[name].items()]
+    return hashlib.sha256(' '.join(hashes).encode()).hexdigest()[:16]
 
 def read() -> dict: return json.loads(FILE.read_text(encoding='utf-8'))
 
-def main(rooms, why):
+def main(names, why):
     sys.path.insert(0, str(ROOT))
-    from cmlf.reproduce import RUN_VERSION
+    from cmlf.runs import RUN_VERSION
     known = read() if FILE.exists() else {}
-    for room in rooms: known[room] = dict(version=RUN_VERSION[room], hash=code_hash(room), why=why)
-    FILE.write_text(json.dumps({r: known[r] for r in sorted(known)}, indent=1) + '\n', encoding='utf-8')
+    for n in names: known[n] = dict(version=RUN_VERSION[n], hash=code_hash(n), why=why)
+    FILE.write_text(json.dumps({n: known[n] for n in sorted(known)}, indent=1) + '\n', encoding='utf-8')
 
 if __name__ == '__main__':
     if len(sys.argv) < 3: sys.exit(__doc__)

@@ -1,29 +1,35 @@
 "What a run's key stands for: every setting that is read, the content of every file, and the code of every module."
 import dataclasses
-from dataclasses import fields
 
 import numpy as np
 import pandas as pd
 import pytest
 import soundfile
 
-from cmlf import reproduce
-from cmlf.config import PATH_SETTINGS, Profile, get_profile, resolve_paths
-from cmlf.reproduce import Lab, Spec, relevant
+from cmlf import config
+from cmlf.config import GROUPS, PATH_SETTINGS, SETTINGS, get_profile, pick, resolve_paths
+from cmlf.experiments import Experiment
+from cmlf.runs import RUN_VERSION, RunSpec, run_config
 
 import pinned
 
-# --- the code: a module that changes raises its version, or says why results stay the same
+# --- the code: a module that changes raises its version, or states why results stay the same
 
-@pytest.mark.parametrize('room', reproduce.RUN_VERSION)
-def test_changed_code_has_a_new_version_or_a_reason(room):
-    known = pinned.read()[room]
-    assert len(known['why'].split()) >= 4, f'{room}: say in a sentence why its hash is what it is'
-    assert (known['version'], known['hash']) == (reproduce.RUN_VERSION[room], pinned.code_hash(room)), (
-        f'the code of {room} changed. If a run would now give other results, raise RUN_VERSION[{room!r}] in nbs/19_reproduce.ipynb. '
-        f'Then: python tests/pinned.py {room} "why results change, or why they stay the same"')
+@pytest.mark.parametrize('name', RUN_VERSION)
+def test_changed_code_has_a_new_version_or_a_reason(name):
+    known = pinned.read()[name]
+    assert len(known['why'].split()) >= 4, f'{name}: give a sentence, why its hash is what it is'
+    assert (known['version'], known['hash']) == (RUN_VERSION[name], pinned.code_hash(name)), (
+        f'the code of {name} changed. If a run would now give other results, raise RUN_VERSION[{name!r}] in nbs/13_runs.ipynb. '
+        f'Then: python tests/pinned.py {name} "why results change, or why they stay the same"')
 
-def test_comments_and_docstrings_do_not_count(tmp_path):
+def test_every_module_that_results_depend_on_has_a_version():
+    "Tables, the report and the command only show results."
+    modules = {p.relative_to(pinned.ROOT/'cmlf').with_suffix('').as_posix() for p in (pinned.ROOT/'cmlf').rglob('*.py')}
+    shown = {'tables', 'report', 'cli', 'appendix/figures', '__init__', '_modidx', 'appendix/__init__'}
+    assert modules - shown == {m for parts in pinned.PARTS.values() for m in parts}
+
+def test_comments_and_docstrings_do_not_count():
     a = 'def f(x, # one\n      ):\n    "A sentence."\n    return x + 1\n'
     b = 'def f(x):\n    "Another one."\n    # a comment\n    return x + 1\n'
     assert pinned.hash_of(a) == pinned.hash_of(b) != pinned.hash_of(b.replace('+', '-'))
@@ -33,22 +39,22 @@ def test_comments_and_docstrings_do_not_count(tmp_path):
 # --- settings
 
 OTHER = dict(   # another legal value of each setting
-    name='other', corpus='recordings', n_train=70, n_val=18, n_test=30, subset=8, corpus_seed=1, seconds=1.5, hop=800, width=8, head_hidden=48,
+    source='recordings', n_train=70, n_val=18, n_test=30, subset=8, corpus_seed=1, seconds=1.5, hop=800, width=8, head_hidden=48,
     joint_dim=48, text_model='minilm', text_pool='cls', train_word_table=True, panns='FILE', dropout=0.3, block_dropout=0.3, spec_augment=False,
     epochs=4, budget='per_stage', stage_split=(2, 1, 1), keep_start=False, batch_size=16, lr=1e-3, text_lr=1e-3, schedule='constant', lr_step=3,
-    restart_schedule=False, clip_norm=0., tau=0.1, loss='triplet_max', hardest=3, amp=False, curriculum=('hard', 'random', 'easy'), ancillary='text',
+    restart_schedule=False, clip_norm=0., tau=0.1, loss='triplet_max', hardest=3, amp=False, kinds=('hard', 'random', 'easy'), ancillary='text',
     remine=False, groups=False, freeze_head=True, pretrain_epochs=2, pretrain_scenes=80, pretrain_lr=1e-4, expert_features='audio=FILE,vggsound=FILE',
     expert_width=8, expert_epochs=2, words='FILE', ce_epochs=3, ce_batch_size=8, ce_lr=0.02, ce_dim=48)
 
-CORPUS = {'corpus', 'n_train', 'n_val', 'n_test', 'corpus_seed', 'seconds'}   # of a composed corpus: in its content's hash
-ALL = 'a label, and what is scored after training'
+CORPUS = {'source', 'n_train', 'n_val', 'n_test', 'corpus_seed', 'seconds'}   # of a composed corpus: in its content's hash
+SCORED = 'what is scored after training'
 HARMLESS = {   # settings that cannot change a run of that kind, and why
-    'name': ALL, 'subset': ALL,
+    'subset': SCORED,
     'panns': 'read by pre-trained runs alone', 'words': 'read by CE and MoEE alone', 'expert_features': 'read by the experts alone'}
 
-SPECS = dict(tagger=Spec('tagger', batch_size=8), experts=Spec('experts', batch_size=8), ce=Spec('ce', batch_size=8), moee=Spec('moee', batch_size=8),
-             joint=Spec('baseline', 'pretrained', batch_size=8), staged=Spec('3cmlf', 'pretrained', batch_size=8),
-             mined=Spec('3cmlf', 'pretrained', True, 8), scratch=Spec('3cmlf', 'scratch', True, 8))
+SPECS = dict(tagger=RunSpec('tagger', batch_size=8), experts=RunSpec('experts', batch_size=8), ce=RunSpec('ce', batch_size=8), moee=RunSpec('moee', batch_size=8),
+             joint=RunSpec('baseline', 'pretrained', batch_size=8), staged=RunSpec('3cmlf', 'pretrained', batch_size=8),
+             mined=RunSpec('3cmlf', 'pretrained', True, 8), scratch=RunSpec('3cmlf', 'scratch', True, 8))
 
 @pytest.fixture(scope='module')
 def smoke(): return get_profile('smoke')
@@ -64,39 +70,40 @@ def changed(profile, setting, file, events):
     if isinstance(value, str): value = value.replace('FILE', str(file))
     return profile.replace(**{setting: value})
 
-def read_by(lab, spec):
+def read_by(exp, spec):
     "Settings that a run and all it builds on read."
-    names = set(relevant(lab.profile, spec))
-    if spec.audio == 'pretrained' and lab.profile.tagger.panns: names.add('panns')
-    return names.union(*(read_by(lab, p) for p in lab.parents(spec)))
+    names = set(run_config(exp.profile, spec))
+    if spec.audio == 'pretrained' and exp.profile.tagger.panns: names.add('panns')
+    return names.union(*(read_by(exp, p) for p in exp.parents(spec)))
 
 def test_there_is_another_value_for_every_setting():
-    assert set(OTHER) == {f.name for f in fields(Profile)}
-    assert all(getattr(get_profile('smoke'), k) != v for k, v in OTHER.items())
+    assert set(OTHER) == set(SETTINGS)
+    smoke = pick(get_profile('smoke'), ' '.join(GROUPS))
+    assert all(smoke[k] != (list(v) if isinstance(v, tuple) else v) for k, v in OTHER.items())
 
-@pytest.mark.parametrize('setting', [k for k in OTHER if k not in ('corpus', 'panns')])
+@pytest.mark.parametrize('setting', [k for k in OTHER if k not in ('source', 'panns')])
 def test_a_setting_changes_the_key_of_every_run_that_reads_it(setting, smoke, any_file, tmp_path):
-    before, after = (Lab(p, tmp_path) for p in (smoke, changed(smoke, setting, any_file, None)))
+    before, after = (Experiment(p, tmp_path) for p in (smoke, changed(smoke, setting, any_file, None)))
     for name, spec in SPECS.items():
         # Table III's rows and the baselines have the batch size in their spec, as `Lab.spec` puts it there
-        now = dataclasses.replace(spec, batch_size=after.profile.batch_size)
+        now = dataclasses.replace(spec, batch_size=after.profile.batches.batch_size)
         moved = before.key(spec) != after.key(now)
         reads = setting in read_by(after, now) or setting in CORPUS
         if setting == 'batch_size': reads = True
         assert moved == reads, (name, setting, moved)
-        if not reads: assert setting in HARMLESS or setting in relevant_to_none_of(name), (name, setting)
+        if not reads: assert setting in HARMLESS or setting in read_by_others(name), (name, setting)
 
-def relevant_to_none_of(kind):
+def read_by_others(kind):
     "Settings that belong to other kinds of run."
-    everything = {k for s in SPECS.values() for k in read_by(Lab(get_profile('smoke'), '.'), s)}
-    return everything - read_by(Lab(get_profile('smoke'), '.'), SPECS[kind])
+    everything = {k for s in SPECS.values() for k in read_by(Experiment(get_profile('smoke'), '.'), s)}
+    return everything - read_by(Experiment(get_profile('smoke'), '.'), SPECS[kind])
 
 def test_panns_weights_count_by_content(smoke, tmp_path):
     files = [tmp_path/n for n in ('a.pth', 'b.pth', 'c.pth')]
     for f, text in zip(files, ('one', 'one', 'two')): f.write_text(text)
-    keys = [Lab(smoke.replace(panns=str(f)), tmp_path).key(SPECS['joint']) for f in files]
+    keys = [Experiment(smoke.replace(panns=str(f)), tmp_path).key(SPECS['joint']) for f in files]
     assert keys[0] == keys[1] != keys[2]
-    scratch = [Lab(smoke.replace(panns=str(f)), tmp_path).key(SPECS['scratch']) for f in files]
+    scratch = [Experiment(smoke.replace(panns=str(f)), tmp_path).key(SPECS['scratch']) for f in files]
     assert len(set(scratch)) == 1
 
 @pytest.mark.parametrize('setting,kind', [('words', 'ce'), ('expert_features', 'experts'), ('text_model', 'scratch')])
@@ -106,7 +113,7 @@ def test_files_count_by_content_and_not_by_place(setting, kind, smoke, tmp_path)
         if setting == 'text_model': path.mkdir(exist_ok=True); (path/'config.json').write_text(content)
         else: path.write_text(content)
         value = f'audio={path},vggsound={path}' if setting == 'expert_features' else str(path)
-        return Lab(smoke.replace(**{setting: value}), tmp_path).key(SPECS[kind])
+        return Experiment(smoke.replace(**{setting: value}), tmp_path).key(SPECS[kind])
     first = key('a', 'one')
     assert first == key('b', 'one') != key('c', 'two')
     assert first != key('a', 'changed'), 'the same path with other content'
@@ -114,9 +121,9 @@ def test_files_count_by_content_and_not_by_place(setting, kind, smoke, tmp_path)
 def test_relative_and_absolute_paths_are_one(smoke, tmp_path, monkeypatch):
     (tmp_path/'w.txt').write_text('rain 1')
     monkeypatch.chdir(tmp_path)
-    labs = [Lab(smoke.replace(words=w), tmp_path) for w in ('w.txt', './w.txt', str(tmp_path/'w.txt'))]
-    assert len({l.key(SPECS['ce']) for l in labs}) == 1
-    assert resolve_paths(smoke.replace(words='w.txt')).words == str(tmp_path/'w.txt')
+    exps = [Experiment(smoke.replace(words=w), tmp_path) for w in ('w.txt', './w.txt', str(tmp_path/'w.txt'))]
+    assert len({l.key(SPECS['ce']) for l in exps}) == 1
+    assert resolve_paths(smoke.replace(words='w.txt')).ce.words == str(tmp_path/'w.txt')
 
 @pytest.fixture(scope='module')
 def on_disk(tmp_path_factory):
@@ -128,48 +135,48 @@ def on_disk(tmp_path_factory):
 
 def test_the_length_of_clips_counts_on_a_corpus_from_disk(smoke, on_disk, tmp_path):
     "The corpus's hash does not hold it there: 1 s and 2 s of one manifest are other features."
-    keys = [Lab(smoke.replace(corpus='manifest', seconds=s), tmp_path, data=on_disk).key(Spec('baseline', 'scratch')) for s in (1, 2)]
+    keys = [Experiment(smoke.replace(source='manifest', seconds=s), tmp_path, data=on_disk).key(RunSpec('baseline', 'scratch')) for s in (1, 2)]
     assert keys[0] != keys[1]
 
-# --- what is read: a profile that watches
+# --- what is read: a profile that records it
 
-class Watched(Profile):
-    "A profile that notes which settings are read, except where all are (a copy, a comparison, a record)."
-    seen, watching = set(), False
-    def __getattribute__(self, name):
-        if Watched.watching and name in Profile.__dataclass_fields__: Watched.seen.add(name)
-        return super().__getattribute__(name)
+SEEN, STATE = set(), dict(watching=False)
 
 def unwatched(f):
     def g(*a, **kw):
-        was, Watched.watching = Watched.watching, False
+        was, STATE['watching'] = STATE['watching'], False
         try: return f(*a, **kw)
-        finally: Watched.watching = was
+        finally: STATE['watching'] = was
     return g
 
-for method in '__init__ __post_init__ __eq__ __hash__ __repr__ replace asdict'.split(): setattr(Watched, method, unwatched(getattr(Profile, method)))
+def watched(group):
+    "The same group of settings, as a class that records which settings are read, except where all are (a copy, a comparison)."
+    kind = type(group)
+    def read(self, name):
+        if STATE['watching'] and name in SETTINGS: SEEN.add(name)
+        return kind.__getattribute__(self, name)
+    whole = {m: unwatched(getattr(kind, m)) for m in '__init__ __post_init__ __eq__ __hash__ __repr__ asdict'.split()}
+    return type(kind.__name__, (kind,), dict(whole, __getattribute__=read))(**group.asdict())
 
 IN_VAIN = {   # read without effect, and why
-    'name': 'folders and log lines', 'batch_size': 'stands in the spec, which the key holds',
-    'subset': ALL,
+    'batch_size': 'stands in the spec, which the key holds',
+    'subset': SCORED,
     'restart_schedule': 'one stage: the schedule is the same', 'remine': 'random batches are drawn anew each epoch in any case',
     'freeze_head': 'joint training freezes nothing', 'panns': 'whether a tagger is needed; its content is in the key of pre-trained runs',
-    'corpus': 'which corpus is opened; its content is in the key', 'n_train': 'in the content of the corpus', 'n_val': 'in the content of the corpus',
+    'source': 'which corpus is opened; its content is in the key', 'n_train': 'in the content of the corpus', 'n_val': 'in the content of the corpus',
     'n_test': 'in the content of the corpus'}
 
-def test_a_run_reads_no_setting_that_its_key_does_not_hold(tmp_path):
-    p = Watched(**get_profile('smoke').replace(n_train=32, epochs=3, seconds=1.).asdict())
-    lab = Lab(p, tmp_path)
-    assert isinstance(lab.profile, Watched)
-    Watched.watching = True
-    try: lab.corpus.hash
-    finally: Watched.watching = False
+def test_a_run_reads_no_setting_that_its_key_does_not_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, 'replace', unwatched(config.replace))
+    smoke = get_profile('smoke').replace(n_train=32, epochs=3, seconds=1.)
+    exp = Experiment(dataclasses.replace(smoke, **{g: watched(getattr(smoke, g)) for g in GROUPS}), tmp_path)
+    assert exp.corpus.hash
     for name, spec in SPECS.items():
-        for parent in lab.parents(spec): lab.run(parent)
-        Watched.seen, Watched.watching = set(), True
-        try: lab.run(spec)
-        finally: Watched.watching = False
-        assert Watched.seen, name
-        extra = Watched.seen - set(relevant(lab.profile, spec)) - set(IN_VAIN)
-        parents = set().union(*(set(relevant(lab.profile, q)) for q in lab.parents(spec)))
+        for parent in exp.parents(spec): exp.run(parent)
+        SEEN.clear(); STATE['watching'] = True
+        try: exp.run(spec)
+        finally: STATE['watching'] = False
+        assert SEEN, name
+        extra = SEEN - set(run_config(exp.profile, spec)) - set(IN_VAIN)
+        parents = set().union(*(set(run_config(exp.profile, q)) for q in exp.parents(spec)))
         assert extra <= parents, f'{name} reads {sorted(extra)}, which its key does not hold'

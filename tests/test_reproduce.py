@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 def cmlf(*arguments, cwd=ROOT, **env):
     "Run the command in a process of its own."
-    return subprocess.run([sys.executable, '-c', 'from cmlf.reproduce import main; main()', *map(str, arguments)], cwd=cwd,
+    return subprocess.run([sys.executable, '-c', 'from cmlf.cli import main; main()', *map(str, arguments)], cwd=cwd,
                           capture_output=True, text=True, env={**os.environ, **env}, timeout=600)
 
 def assert_refused(done, *words):
@@ -78,7 +78,7 @@ def test_parameters_reached_the_notebook(tmp_path):
     done = cmlf('reproduce', '--profile', 'smoke', '--tables', '2', '--set', 'tau=0.2', '--out', tmp_path)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path/'table2.json').read_text())
-    assert record['in_force']['tau'] == 0.2
+    assert record['in_force']['optimiser']['tau'] == 0.2
     assert all(r['settings'].get('tau', 0.2) == 0.2 for r in record['runs'].values())
 
 def test_check_finds_an_edited_cell(report, tmp_path):
@@ -129,7 +129,7 @@ def test_mine_your_own_vectors(tmp_path):
     assert_refused(cmlf('mine', vectors, '--out', tmp_path/'batches.csv'), 'batches.csv', '.npy')
     np.save(vectors, np.ones((64, 3)) + 1e-3 * np.random.default_rng(0).normal(size=(64, 3)))
     alike = cmlf('mine', vectors, '--batch-size', 16, '--near-duplicates', 0.9, '--no-bound', '--json')
-    assert alike.returncode == 0 and '64 of 64 vectors are one group' in alike.stderr and json.loads(alike.stdout)['spread'] == 1
+    assert alike.returncode == 0 and '64 of 64 vectors are in one group' in alike.stderr and json.loads(alike.stdout)['spread'] == 1
     np.save(vectors, np.full((40, 3), np.nan))
     assert_refused(cmlf('mine', vectors), 'vector 0', 'not finite')
 

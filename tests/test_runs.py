@@ -8,9 +8,12 @@ import pytest
 import soundfile
 import torch
 
+from cmlf.appendix.checkpoints import panns_front_end
 from cmlf.core import CmlfError
-from cmlf.encoders import ResNet38, panns_front_end
-from cmlf.reproduce import Run, evaluate_on, report_folder
+from cmlf.encoders import ResNet38
+from cmlf.experiments import evaluate_on
+from cmlf.report import report_folder
+from cmlf.runs import Run
 from test_reproduce import assert_refused, cmlf
 
 SMALL = ['--set', 'width=4', '--set', 'text_model=tiny', '--set', 'epochs=3', '--set', 'seconds=1', '--set', 'batch_size=8',
@@ -100,7 +103,7 @@ def test_a_moved_run_evaluates_without_what_it_started_from(from_panns):
     assert found.returncode == 0, found.stderr
     facts = json.loads(found.stdout)
     assert {'R@50'} <= set(facts['more']['t2a']) and {'mAP@10'} <= set(facts['map']['a2t'])
-    assert Run(run).about['profile']['panns'].startswith('/') and Run(run).about['precision'] in ('bf16', 'float32')
+    assert Run(run).metadata['profile']['panns'].startswith('/') and Run(run).metadata['precision'] in ('bf16', 'float32')
 
 def test_a_run_on_another_corpus_scores_the_one_that_is_given(from_panns, tmp_path):
     "A run of composed scenes once scored its own scenes, whatever --data said."
