@@ -15,8 +15,11 @@ import pandas as pd
 import torch
 
 from cmlf import mining
+from cmlf.appendix import batch_search, bounds as dual, neighbours
+from cmlf.batches import (Task, easy_bound, mean_similarity, mine_random, random_swaps, unit_vectors,
+                          weight_function)
 from cmlf.core import (CmlfError, Progress, atomic_path, commit, content_hash, device, machine,
-                       one_of, read_json, rng, say, write_json, write_text)
+                       one_of, read_json, rng, log, write_json, write_text)
 
 ROOT, B = Path(__file__).resolve().parent.parent, 32
 OURS, SIZES = 'cmlf', (10_000, 100_000, 1_000_000)
@@ -45,7 +48,7 @@ def cuthill_mckee(x, kind, effort, mean_degree=50):
     from scipy.sparse.csgraph import reverse_cuthill_mckee
     some = x[torch.from_numpy(rng(0, 'threshold').permutation(len(x))[:512]).to(x.device)]
     least = float((some @ x.T).flatten().topk(512 * (mean_degree + 1)).values[-1])
-    key = mining.close_pairs(x, torch.full_like(x[:, 0], least / 2), 0).cpu().numpy()
+    key = dual.close_pairs(x, torch.full_like(x[:, 0], least / 2), 0).cpu().numpy()
     i, j = np.divmod(key, len(x))
     graph = coo_matrix((np.ones(len(i), np.int8), (i, j)), (len(x), len(x))).tocsr()
     order = reverse_cuthill_mckee((graph + graph.T).tocsr(), symmetric_mode=True)
@@ -61,7 +64,7 @@ def nearest(x, k):
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 def metis(x, kind, effort, k=50):
-    "METIS on the graph of the 50 nearest (as B3 does); a surplus goes to free seats nearby."
+    "METIS on the graph of the 50 nearest (as B3 does); a surplus goes to free slots nearby."
     import pymetis
     from scipy.sparse import csr_matrix
     w, at = nearest(x, k)
@@ -75,17 +78,17 @@ def metis(x, kind, effort, k=50):
     sums = x.new_zeros(len(x) // B, x.shape[1]).index_add_(0, part, x)
     like = x @ torch.nn.functional.normalize(sums, dim=1).T
     like[torch.arange(len(x)), part] += 2 # its own part first
-    return mining.admit(*like.topk(16), len(sums), B)[0]
+    return batch_search.deferred_acceptance(*like.topk(16), len(sums), B)[0]
 
 def exchange_only(x, kind, effort):
-    "Exchange alone: from the tree, between promising pairs; easy from chance, between any."
-    task = mining.Task(x, len(x) // B, B, None, rng(0, 'exchange'), mining.weigh_for(kind), effort)
+    "Swaps alone: from the tree, between promising pairs; easy from random batches, between any."
+    task = Task(x, len(x) // B, B, None, rng(0, 'exchange'), weight_function(kind), effort)
     if kind == 'hard':
-        batches = full_batches(mining.bisect(x, task.shuffled(len(x))[:task.m * B], B))
-        mining.trade(task, batches, effort)
+        batches = full_batches(neighbours.bisect(x, task.shuffled(len(x))[:task.m * B], B))
+        batch_search.local_search(task, batches, effort)
     else:
-        batches, _ = mining.mine_random(task)
-        mining.shake(task, batches, effort)
+        batches, _ = mine_random(task)
+        random_swaps(task, batches, effort)
     return batches
 
 METHODS = {'greedy: anchor + 31': greedy, 'reverse Cuthill-McKee (GCBS)': cuthill_mckee,
@@ -95,7 +98,7 @@ METHODS = {'greedy: anchor + 31': greedy, 'reverse Cuthill-McKee (GCBS)': cuthil
 
 def load(path):
     x = torch.from_numpy(np.load(path)).to(device())
-    return mining.unit_vectors(x)
+    return unit_vectors(x)
 
 def peak_gb():
     "Peak memory of this process, on the device where there is one."
@@ -109,22 +112,24 @@ def compare(vectors, method, kind, effort):
     "One line of the table."
     x, began = load(vectors), time.perf_counter()
     if method in (OURS, 'random'): value = mining.mine(x, B, kind, sweeps=effort).mean_similarity
-    else: value = mining.mean_similarity(x, METHODS[method](x, kind, effort))
+    else: value = mean_similarity(x, METHODS[method](x, kind, effort))
     return dict(cosine=value, seconds=time.perf_counter() - began, peak_gb=peak_gb())
 
 def bounds(vectors):
     "Both bounds, and how the hard one falls."
     x = load(vectors)
-    runs = mining.mine(x, B, 'hard', sweeps=20).runs()
+    leaves = mining.mine(x, B, 'hard', sweeps=20).leaves()
     m, rows, began = len(x) // B, [], time.perf_counter()
-    stages = ['half the 31st cosine, as found', 'prices', None, 'prices, second survey']
-    stages += [f'trios, round {i}' for i in range(1, 6)]
-    for stage, value in zip(stages, mining.falling_bounds(mining.first_prices(x, m, B, runs=runs), 5)):
+    stages = ['half the 31st cosine, as found', 'dual variables', None,
+              'dual variables, second active set']
+    stages += [f'triangle inequalities, round {i}' for i in range(1, 6)]
+    start = dual.first_dual(x, m, B, leaves=leaves)
+    for stage, value in zip(stages, dual.falling_bounds(start, 5)):
         if not stage: continue
         rows.append(dict(step=stage, value=value, seconds=time.perf_counter() - began))
-    peak, easy = peak_gb(), mining.easy_bound(x, m, B)
+    peak, easy = peak_gb(), easy_bound(x, m, B)
     star = float(nearest(x, B - 1)[0].flatten().topk(m * B * (B - 1)).values.mean())
-    guess = mining.sampled_bound(x, m, B, runs=runs)
+    guess = dual.sampled_bound(x, m, B, leaves=leaves)
     return dict(easy=easy, hard=min(r['value'] for r in rows), nearest=star, sampled=guess,
                 peak_gb=peak, stages=rows)
 
@@ -174,7 +179,7 @@ def made_up(n, d=384):
 
 def growth(n, kind, effort):
     "Time and memory for n made-up vectors; the bound takes its own."
-    x = mining.unit_vectors(torch.from_numpy(made_up(n)).to(device()))
+    x = unit_vectors(torch.from_numpy(made_up(n)).to(device()))
     found = mining.mine(x, B, kind, sweeps=effort)
     peak, began = peak_gb(), time.perf_counter()
     bound = found.bound
@@ -186,16 +191,16 @@ JOBS = {f.__name__: f for f in (compare, bounds, epochs, negatives, growth)}
 
 def job(name, **settings):
     "`JOBS[name](**settings)` in a process of its own."
-    told = [str(v) for k, v in settings.items() if k not in ('vectors', 'labels')]
-    say(' '.join([name, *told, '...']))
+    given = [str(v) for k, v in settings.items() if k not in ('vectors', 'labels')]
+    log(' '.join([name, *given, '...']))
     began, what = time.perf_counter(), json.dumps([name, settings])
     command = [sys.executable, __file__, '--job', what]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode: raise CmlfError(f'job {name} {settings} failed; its message is above')
     result = json.loads(done.stdout.splitlines()[-1])
     if isinstance(result, dict) and 'cosine' in result:
-        say('    {cosine:.4f}, {seconds:.1f} s, {peak_gb:.2f} GB'.format(**result))
-    say(f'    ({time.perf_counter() - began:.0f} s)')
+        log('    {cosine:.4f}, {seconds:.1f} s, {peak_gb:.2f} GB'.format(**result))
+    log(f'    ({time.perf_counter() - began:.0f} s)')
     return result
 
 # ---- captions
@@ -225,9 +230,9 @@ def prepare(folder, limit, work):
         with atomic_path(path) as tmp: np.save(tmp, encode(captions))
     x, stem = np.load(path), str(path)[:-4] + (f'-{limit}' if limit else '')
     pick = np.sort(rng(0, 'limit').permutation(len(x))[:limit or None])
-    says = np.unique([clean_caption(c) for c in captions], return_inverse=True)[1]
+    labels = np.unique([clean_caption(c) for c in captions], return_inverse=True)[1]
     np.save(f'{stem}-x.npy', x[pick])
-    np.save(f'{stem}-g.npy', says[pick])
+    np.save(f'{stem}-g.npy', labels[pick])
     return f'{stem}-x.npy', f'{stem}-g.npy'
 
 # ---- parts
@@ -267,18 +272,18 @@ PARTS = dict(compare=compare_all, epochs=all_epochs, negatives=all_negatives, gr
 
 def first(rows, **wanted): return next(r for r in rows if all(r[k] == v for k, v in wanted.items()))
 
-def told(r): return f'{r["cosine"]:.4f} in {r["seconds"]:.1f} s (`sweeps={r["sweeps"]}`)'
+def describe(r): return f'{r["cosine"]:.4f} in {r["seconds"]:.1f} s (`sweeps={r["sweeps"]}`)'
 
 def within(rows, seconds, pick):
     "The best line that took no longer."
     quick = [r for r in rows if r['seconds'] <= seconds]
-    return told(pick(quick, key=lambda r: r['cosine'])) if quick else 'nothing'
+    return describe(pick(quick, key=lambda r: r['cosine'])) if quick else 'nothing'
 
 def against_greedy(ours, greedy):
     as_good = [r for r in ours if r['cosine'] >= greedy['cosine']]
     if not as_good: return 'not reached'
     quick = min(as_good, key=lambda r: r['seconds'])
-    return f'{told(quick)}, {greedy["seconds"] / quick["seconds"]:.1f} times as fast'
+    return f'{describe(quick)}, {greedy["seconds"] / quick["seconds"]:.1f} times as fast'
 
 def verdicts(rows):
     "The figures that were to be reached, each with what was reached."
@@ -299,15 +304,15 @@ FORMATS = dict(cosine='.4f', seconds='.1f', peak_gb='.2f', bound='.4f', gap='.4f
 def table(rows):
     "Rows as a markdown table."
     t = pd.DataFrame(rows)
-    said = lambda v, form: '' if v is None or v != v else format(v, form)
+    show = lambda v, form: '' if v is None or v != v else format(v, form)
     for c, form in FORMATS.items():
-        if c in t: t[c] = t[c].map(lambda v: said(v, form))
+        if c in t: t[c] = t[c].map(lambda v: show(v, form))
     return t.to_markdown(index=False, disable_numparse=True)
 
 def best_first(rows):
     return sorted(rows, key=lambda r: (r['kind'], r['cosine'] * (1 - 2 * (r['kind'] == 'hard'))))
 
-def tell_compare(c):
+def compare_section(c):
     b = c['bounds']
     return f"""## Against the competitors
 
@@ -317,19 +322,19 @@ def tell_compare(c):
 
 `sweeps` is the effort of each method in its own terms (ours: passes over all vectors; exchange:
 passes over pairs of batches). Ours with 0 sweeps is principal-axis bisection alone (hard), or its
-strata dealt out (easy). `peak_gb` is of the whole process; torch alone has about 0.4.
+strata assigned in their order (easy). `peak_gb` is of the whole process; torch alone has about 0.4.
 
 ![quality against seconds](mining.png)
 
 ## The bound for hard batches
 
-The mean of the 31 nearest is {b['nearest']:.4f}. The bound from 4,096 rows, without trios, is
+The mean of the 31 nearest is {b['nearest']:.4f}. The bound from 4,096 rows, without triangle inequalities, is
 {b['sampled']:.4f}. Peak memory {b['peak_gb']:.2f} GB.
 
 {table(b['stages'])}
 """
 
-def tell_epochs(rows):
+def epochs_section(rows):
     return f"""## From epoch to epoch
 
 {table(rows)}
@@ -337,7 +342,7 @@ def tell_epochs(rows):
 `shared`: of all pairs of batch-mates, those that were mates in epoch 0 already.
 """
 
-def tell_negatives(rows):
+def negatives_section(rows):
     return f"""## False negatives
 
 Pairs with equal captions, and pairs with a cosine of 0.95 or more, that meet in a batch; the share
@@ -346,7 +351,7 @@ of batches that hold equal captions. Without groups is the paper's procedure.
 {table(rows)}
 """
 
-def tell_growth(rows):
+def growth_section(rows):
     return f"""## Growth
 
 Made-up clustered vectors, 384-d. `peak_gb` is before the bound is asked for.
@@ -354,7 +359,7 @@ Made-up clustered vectors, 384-d. `peak_gb` is before the bound is asked for.
 {table(rows)}
 """
 
-TELL = dict(compare=tell_compare, epochs=tell_epochs, negatives=tell_negatives, growth=tell_growth)
+SECTIONS = dict(compare=compare_section, epochs=epochs_section, negatives=negatives_section, growth=growth_section)
 
 def report(found):
     "The report as markdown."
@@ -366,7 +371,7 @@ def report(found):
 Measured on {on['device']}, {on['cores']} cores, {on['threads']} threads,
 {'with' if on['bf16'] else 'without'} bf16; commit {found['commit']}.
 """
-    return '\n'.join([head, *(TELL[p](found[p]) for p in PARTS if p in found)])
+    return '\n'.join([head, *(SECTIONS[p](found[p]) for p in PARTS if p in found)])
 
 def draw(rows, path):
     "Quality against seconds, hard and easy."
@@ -411,7 +416,7 @@ def main():
         name, settings = json.loads(args.job)
         return print(json.dumps(JOBS[name](**settings), default=float))
     if not args.captions:
-        raise CmlfError('say where the AudioCaps csv files are: --captions, or CMLF_AUDIOCAPS_CSV')
+        raise CmlfError('no captions: give the folder of the AudioCaps csv files, with --captions or CMLF_AUDIOCAPS_CSV')
     parts = [one_of(p, PARTS, 'part') for p in args.parts.split(',')]
     work = args.runs/'mining'
     work.mkdir(parents=True, exist_ok=True)
@@ -424,8 +429,8 @@ def main():
     for part in parts:
         found[part] = PARTS[part](vectors, labels, (1_000, 10_000) if args.vectors else SIZES)
         write(found, out)
-    say(f'{out/"mining.md"} written')
+    log(f'{out/"mining.md"} written')
 
 if __name__ == '__main__':
     try: main()
-    except CmlfError as e: say(f'mining: {e}'); sys.exit(2)
+    except CmlfError as e: log(f'mining: {e}'); sys.exit(2)

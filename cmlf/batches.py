@@ -16,7 +16,7 @@ from numbers import Real
 import numpy as np
 import torch
 
-from .core import CmlfError, rng, log
+from .core import CmlfError, log
 
 # %% ../nbs/06_batches.ipynb #7e2edc97
 def _table(rows):
@@ -328,7 +328,8 @@ def _join(label, pairs):
 def _joined(x, threshold, label, most=2**20):
     "(N,) `label`, joined at cosines of `threshold`, after every `most` pairs or so."
     held, count = [], 0
-    for i, j in [(i, j) for i in range(0, len(x), 1024) for j in range(i, len(x), 8192)]:
+    tiles = [(a, b) for a in range(0, len(x), 1024) for b in range(a, len(x), 8192)]
+    for i, j in tiles:
         if (label[i:i + 1024] == label[i]).all() and (label[j:j + 8192] == label[i]).all(): continue
         close = x[i:i + 1024] @ x[j:j + 8192].T >= threshold
         for r, rows in enumerate(close.split(128)):

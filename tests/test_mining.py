@@ -11,9 +11,11 @@ from hypothesis import given, settings, strategies as st
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from cmlf import mining
+from cmlf import batches as objective
+from cmlf.appendix import bounds, neighbours
+from cmlf.batches import near_duplicates, largest_group, spread_groups, unit_vectors
 from cmlf.core import KINDS, CmlfError, rng
-from cmlf.mining import mine, unit_vectors
+from cmlf.mining import mine
 
 quick = settings(max_examples=20, deadline=None)
 seeds = st.integers(0, 10_000)
@@ -72,7 +74,7 @@ def test_partition(n, b, kind, seed):
     found = mine(vectors(n, seed=seed), b, kind, seed=seed, sweeps=2)
     check_partition(found, n, b)
     x = torch.from_numpy(found.batches)
-    assert found.mean_similarity == pytest.approx(mining.mean_similarity(found.vectors, x), abs=1e-6)
+    assert found.mean_similarity == pytest.approx(objective.mean_similarity(found.vectors, x), abs=1e-6)
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -229,8 +231,8 @@ def test_four_names_for_64_clips():
 def test_groups_that_fit_are_left_alone():
     labels = torch.from_numpy(classes(60, 9, 0))
     most = int(labels.bincount().max())
-    assert mining.spread_groups(labels, most, rng(0)) is labels
-    parts = mining.spread_groups(labels, 4, rng(0))
+    assert spread_groups(labels, most, rng(0)) is labels
+    parts = spread_groups(labels, 4, rng(0))
     assert parts.bincount().max() <= 4 and len(parts.unique()) == (-(-labels.bincount() // 4)).sum()
     pairs = torch.stack([labels, parts], 1).unique(dim=0)
     assert len(pairs) == len(parts.unique()) # every part is of one group
@@ -252,8 +254,8 @@ def test_bounds_hold_for_spread_groups(n, b):
 def test_pairs_that_never_meet_are_not_listed(monkeypatch):
     x, groups = clusters(60, seed=1)[np.arange(600) % 60], np.arange(600) % 60 # each ten times
     u = torch.full((600,), .4)
-    pairs = mining.close_pairs(x, u, 0., torch.from_numpy(groups))
-    assert len(pairs) < len(mining.close_pairs(x, u, 0.))
+    pairs = bounds.close_pairs(x, u, 0., torch.from_numpy(groups))
+    assert len(pairs) < len(bounds.close_pairs(x, u, 0.))
     assert (groups[pairs // 600] != groups[pairs % 600]).all()
     found = mine(x, 10, 'hard', groups=groups, sweeps=2)
     assert found.mean_similarity < found.bound < 1
@@ -267,8 +269,8 @@ class Unseen:
 def test_random_batches_in_tight_groups_take_no_cosines():
     groups = np.repeat(np.arange(36), 100)
     batches = torch.from_numpy(rng(0, 'tight').permutation(3600)[:3584]).view(112, 32)
-    task = mining.Task(Unseen(), 112, 32, torch.from_numpy(groups), rng(0), torch.zeros_like, 0)
-    mining.separate(task, batches)
+    task = objective.Task(Unseen(), 112, 32, torch.from_numpy(groups), rng(0), torch.zeros_like, 0)
+    objective.separate(task, batches)
     assert not any(too_many(groups, some, 112) for some in batches.numpy()) and len(batches.unique()) == 3584
 
 
@@ -298,10 +300,10 @@ def test_near_duplicates_by_definition(seed, n, d, threshold, most, grouped):
     x = vectors(n, d, seed)
     groups = rng(seed, 'g').integers(n, size=n) if grouped else np.arange(n)
     label = torch.from_numpy(np.unique(groups, return_inverse=True)[1])
-    joined = mining._joined(x, threshold, label, most).unique(return_inverse=True)[1].numpy()
+    joined = objective._joined(x, threshold, label, most).unique(return_inverse=True)[1].numpy()
     expected = by_definition(x, threshold, groups)
     assert (joined == expected).all()
-    labels = mining.near_duplicates(x, threshold, groups - 5)
+    labels = near_duplicates(x, threshold, groups - 5)
     assert (labels == by_definition(unit_vectors(x), threshold, groups)).all()
 
 
@@ -309,13 +311,13 @@ def test_near_duplicates_across_tiles():
     x = torch.cat([clusters(9000, seed=1), vectors(100, 16)])
     x = x[torch.from_numpy(rng(0, 'mixed').permutation(9100))]
     x = unit_vectors(x)
-    assert (mining.near_duplicates(x, .93) == by_definition(x, .93, np.arange(9100))).all()
+    assert (near_duplicates(x, .93) == by_definition(x, .93, np.arange(9100))).all()
 
 
 def test_near_duplicates_along_a_path():
     a = np.linspace(0, 3, 3000)[rng(0, 'path').permutation(3000)]
     x = np.stack([np.cos(a), np.sin(a)], 1)
-    assert mining.largest_group(mining.near_duplicates(x, .99999)) == 3000 # each near the next alone
+    assert largest_group(near_duplicates(x, .99999)) == 3000 # each near the next alone
 
 
 MEMORY = """
@@ -330,23 +332,23 @@ print(peak() - before)
 """
 
 def test_memory_does_not_grow_with_the_number_of_pairs():
-    told = subprocess.run([sys.executable, '-c', MEMORY], capture_output=True, text=True, check=True)
-    assert float(told.stdout) < .4 # GB; all 32 million pairs would take more than 1
+    done = subprocess.run([sys.executable, '-c', MEMORY], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < .4 # GB; all 32 million pairs would take more than 1
 
 
 def test_one_group_of_all_vectors(capsys):
     x = clusters(300)
-    labels = mining.near_duplicates(x, -1)
-    assert mining.largest_group(labels) == 300
+    labels = near_duplicates(x, -1)
+    assert largest_group(labels) == 300
     assert mine(x, 10, 'hard', groups=labels, sweeps=2).spread == 1 and not capsys.readouterr().err
 
 
 def test_near_duplicates():
     x = clusters(300)
     x = torch.cat([x, x[:40] + 1e-4])
-    labels = mining.near_duplicates(x, .999)
+    labels = near_duplicates(x, .999)
     assert (labels[:40] == labels[300:]).all() and labels.dtype == np.int64
-    joined = mining.near_duplicates(x, .999, np.arange(340) // 2)
+    joined = near_duplicates(x, .999, np.arange(340) // 2)
     assert all(joined[2 * i] == joined[2 * i + 1] for i in range(170))
 
 
@@ -378,43 +380,43 @@ def test_no_partition_beats_a_bound(seed, n, b, middle):
     x = vectors(n, 3, seed, middle)
     lowest, highest = truth(x, b)
     u = torch.from_numpy(rng(seed, 'prices').normal(size=n) / 3).float()
-    assert mining.easy_bound(x, n // b, b) <= lowest + 1e-6
-    assert mining.price_bound(x, u, n // b, b) >= highest - 1e-6 # any prices will do
-    assert mining.hard_bound(x, n // b, b) >= highest - 1e-6
+    assert objective.easy_bound(x, n // b, b) <= lowest + 1e-6
+    assert bounds.dual_value(x, u, n // b, b) >= highest - 1e-6 # any u will do
+    assert bounds.hard_bound(x, n // b, b) >= highest - 1e-6
 
 
 # ---- the bound on larger sets
 
 @pytest.mark.parametrize('n, b', [(600, 12), (605, 12), (400, 50)])
 @pytest.mark.parametrize('grouped', [False, True])
-def test_listed_value_is_the_bound(n, b, grouped):
+def test_value_of_the_active_set_is_the_bound(n, b, grouped):
     x, m = clusters(n), n // b
     groups = torch.from_numpy(rng(0, 'g').integers(0, n // 3, n)) if grouped else None
-    p = mining.first_prices(x, m, b, groups)
-    for _ in mining.falling_bounds(p, 0):
-        assert p.value() == pytest.approx(mining.price_bound(x, p.u, m, b, groups), abs=2e-6)
-    for _ in mining.falling_bounds(p, 2): assert p.fee.numel() == 0 or p.fee.min() >= 0
+    p = bounds.first_dual(x, m, b, groups)
+    for _ in bounds.falling_bounds(p, 0):
+        assert p.value() == pytest.approx(bounds.dual_value(x, p.u, m, b, groups), abs=2e-6)
+    for _ in bounds.falling_bounds(p, 2): assert p.multiplier.numel() == 0 or p.multiplier.min() >= 0
     assert p.value() == pytest.approx(written_out(p), abs=2e-6)
 
 
 def written_out(p):
-    "D(u, fees) over all pairs, as its formula has it."
+    "D(u, multipliers) over all pairs, as in its formula."
     over = (p.x @ p.x.T - p.u - p.u[:, None]).double()
-    for (j, i, k), fee in zip(p.trios.T.tolist(), p.fee.tolist()):
-        for a, c, sign in ((j, i, -1), (j, k, -1), (i, k, 1)): over[min(a, c), max(a, c)] += sign * fee
+    for (j, i, k), value in zip(p.triangles.T.tolist(), p.multiplier.tolist()):
+        for a, c, sign in ((j, i, -1), (j, k, -1), (i, k, 1)): over[min(a, c), max(a, c)] += sign * value
     if p.groups is not None: over[p.groups[:, None] == p.groups] = 0
     size = p.m * p.b
-    seats = (p.b - 1) * p.u.double().topk(size).values.sum() + p.fee.double().sum()
-    return float(seats + over.triu(1).clamp_min(0).sum()) * 2 / size / (p.b - 1)
+    fixed = (p.b - 1) * p.u.double().topk(size).values.sum() + p.multiplier.double().sum()
+    return float(fixed + over.triu(1).clamp_min(0).sum()) * 2 / size / (p.b - 1)
 
 
 def test_bounds_are_ordered():
     x = clusters(600)
     w = (x @ x.T).fill_diagonal_(-2).topk(11).values
-    nearest, half = float(w.mean()), mining.price_bound(x, w[:, -1] / 2, 50, 12)
-    prices, trios = (mining.hard_bound(x, 50, 12, rounds=k) for k in (0, 5))
-    assert mine(x, 12, 'hard').mean_similarity <= trios < prices <= half <= nearest + 1e-6
-    assert mining.sampled_bound(x, 50, 12, rows=300) >= prices - 1e-3
+    nearest, half = float(w.mean()), bounds.dual_value(x, w[:, -1] / 2, 50, 12)
+    degrees, triangles = (bounds.hard_bound(x, 50, 12, rounds=k) for k in (0, 5))
+    assert mine(x, 12, 'hard').mean_similarity <= triangles < degrees <= half <= nearest + 1e-6
+    assert bounds.sampled_bound(x, 50, 12, rows=300) >= degrees - 1e-3
 
 
 def test_known_optimum():
@@ -439,7 +441,7 @@ broken = good.clone(); broken[7, 1] = torch.nan
 endless = good.clone(); endless[8, 0] = torch.inf
 nothing = good.clone(); nothing[9] = 0
 
-@pytest.mark.parametrize('x, settings, says', [
+@pytest.mark.parametrize('x, settings, message', [
     (broken, {}, 'vector 7 of 40 is not finite'),
     (endless, {}, 'vector 8 of 40 is not finite'),
     (nothing, {}, 'vector 9 of 40 is all zeros'),
@@ -465,42 +467,42 @@ nothing = good.clone(); nothing[9] = 0
     (good, dict(seed='a'), "seed='a'"),
     (good, dict(epoch=1.5), 'epoch=1.5'),
 ])
-def test_bad_input(x, settings, says):
+def test_bad_input(x, settings, message):
     with pytest.raises(CmlfError) as error: mine(x, **dict(dict(batch_size=8, kind='hard'), **settings))
-    assert says in str(error.value) and '\n' not in str(error.value)
+    assert message in str(error.value) and '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('groups', [np.arange(39), np.arange(40) / 2, ['a'] * 40, [[0], [1, 2]] * 20])
 def test_groups_are_refused_for_all_readers(groups):
-    for ask in (lambda: mine(good, 8, 'hard', groups=groups), lambda: mining.near_duplicates(good, .9, groups)):
+    for ask in (lambda: mine(good, 8, 'hard', groups=groups), lambda: near_duplicates(good, .9, groups)):
         with pytest.raises(CmlfError, match=r'or no groups \(--groups\)') as error: ask()
         assert 'None' not in str(error.value)
 
 
-def test_a_tree_of_many_grows_on_their_shadow():
+def test_a_tree_of_many_uses_their_pca_projection():
     x = clusters(5000, 96)
-    assert mining.shadow(x).shape == (5000, 64)
+    assert neighbours.pca_projection(x).shape == (5000, 64)
     few = x[:4000]
-    assert mining.shadow(few) is few # few vectors as they are
+    assert neighbours.pca_projection(few) is few # few vectors as they are
     order = torch.arange(4992)
-    tree = mining.bisect(x, order, 32).view(-1, 32)
+    tree = neighbours.bisect(x, order, 32).view(-1, 32)
     assert sorted(tree.flatten().tolist()) == order.tolist()
-    full, flat = mining.mean_similarity(x, tree), mining.mean_similarity(x, order.view(-1, 32))
+    full, flat = objective.mean_similarity(x, tree), objective.mean_similarity(x, order.view(-1, 32))
     assert full > flat + .1
     a, b = (mine(v, 16, 'hard', sweeps=0) for v in (x, turned(x)))
     assert abs(a.mean_similarity - b.mean_similarity) < 5e-3 # rounding decides at every fork
 
 
-def test_mined_batches_are_a_map_for_the_bound():
+def test_mined_batches_are_leaves_for_the_bound():
     x = clusters(6010, 64)
     found = mine(x, 32, 'hard', sweeps=10)
-    runs = found.runs()
-    assert runs.shape == (188, 32) and len(runs.unique()) == 6010
+    leaves = found.leaves()
+    assert leaves.shape == (188, 32) and len(leaves.unique()) == 6010
     true = (x @ x.T).fill_diagonal_(-2).topk(31).values
-    cosine, index = mining.neighbours(x, 31, runs, per=8, width=64)
+    cosine, index = neighbours.neighbours(x, 31, leaves, per=8, width=64)
     assert (cosine <= true + 1e-5).all() and (cosine - true).mean() > -.005
     assert torch.allclose((x.unsqueeze(1) * x[index]).sum(2), cosine, atol=1e-5)
-    tight = mining.sampled_bound(x, *found.batches.shape, runs=runs, rows=2000)
+    tight = bounds.sampled_bound(x, *found.batches.shape, leaves=leaves, rows=2000)
     assert found.mean_similarity < tight < float(true.mean()) + .01
 
 
@@ -526,15 +528,15 @@ def test_rounding_hides_no_pair():
     parts = np.array([.5] * 3 + [.25] * 3 + [.125] * 3 + [.0625] * 2) * (1 + 2**-8 - 2**-14)
     x = unit_vectors(np.repeat(np.r_[parts, max(0, 1 - (parts**2).sum())**.5][None], 64, 0))
     u = torch.full((64,), .5087)
-    assert len(mining.close_pairs(x, u, .02)) == 64 * 63 // 2
+    assert len(bounds.close_pairs(x, u, .02)) == 64 * 63 // 2
 
 
 def test_too_dense_for_a_proof(monkeypatch):
     found = mine(clusters(5000), 32, 'hard', sweeps=2, rounds=0)
     proof = found.bound
     assert found.bound_is == 'proof'
-    monkeypatch.setattr(mining, 'LISTED', 1000)
-    assert mining.hard_bound(found.vectors, *found.batches.shape) is None
+    monkeypatch.setattr(bounds, 'MAX_PAIRS', 1000)
+    assert bounds.hard_bound(found.vectors, *found.batches.shape) is None
     again = mine(clusters(5000), 32, 'hard', sweeps=2, rounds=0)
     assert again.bound_is == 'estimate' == again.summary()['bound_is'] and abs(again.bound - proof) < .02
 
@@ -556,8 +558,8 @@ def test_tables_of_any_make(table):
 
 @pytest.mark.parametrize('threshold', [2, 'x', float('nan'), None, True])
 def test_bad_threshold(threshold):
-    with pytest.raises(CmlfError, match='should be a cosine'): mining.near_duplicates(clusters(20), threshold)
+    with pytest.raises(CmlfError, match='should be a cosine'): near_duplicates(clusters(20), threshold)
 
 
 @pytest.mark.parametrize('threshold', [1, np.float32(.5), np.float64(.5)])
-def test_thresholds_of_any_make(threshold): assert len(mining.near_duplicates(clusters(20), threshold)) == 20
+def test_thresholds_of_any_make(threshold): assert len(near_duplicates(clusters(20), threshold)) == 20

@@ -6,7 +6,6 @@
 __all__ = ['pca_projection', 'bisect', 'nearest_rows', 'neighbours']
 
 # %% ../../nbs/appendix/neighbours.ipynb #4ea791f2
-import numpy as np
 import torch
 from torch.nn.functional import normalize
 
