@@ -36,9 +36,11 @@ from .config import GROUPS, pick, PATH_SETTINGS, Profile, expert_files, get_prof
 from .core import (CmlfError, absolute, atomic_path, autocast, commit, committed, content_hash,
                        device, machine, one_of, path_hash, precision, prefers_bf16, read_json, rng,
                        log, seed_everything, versions, write_json, write_text)
-from .baselines import (CE, CESettings, encoder_words, extract, load_expert, load_words,
-                            own_experts, ranger, train_ce)
-from .data import SPLITS, load_corpus, read_relevance, safe_name, write_corpus
+from .appendix.experts import (encoder_words, extract, load_expert, load_words,
+                                   own_experts)
+from .baselines import CE, CESettings, ranger, train_ce
+from .data import SPLITS, read_relevance, safe_name, write_corpus
+from .layouts import load_corpus
 from .encoders import DualEncoder, ResNet38, TextEncoder
 from .features import SAMPLE_RATE, LogMel, build_store
 from .loss import max_margin
@@ -885,7 +887,7 @@ def done(self:Report):
     write_json(self.out/f'table{self.number}.json', dict(
         asked={k: v for k, v in self.asked.items() if k not in ('runs', 'out', 'events', 'data')},
         in_force=self.lab.profile.asdict(),
-        corpus=dict(name=corpus.name, about=corpus.about, hash=corpus.hash,
+        corpus=dict(name=corpus.name, about=corpus.description, hash=corpus.hash,
                     clips={s: len(corpus.split(s)) for s in ('train', 'val', 'test')}),
         tables=self.tables, claims=self.claims, figures=self.figures, cards=self.cards,
         runs={r['key']: r for r in runs}))
@@ -1590,7 +1592,7 @@ def data_command(profile:str = typer.Option('mini', help='whose corpus'),
     if data and p.corpus.source in ('synthesised', 'recordings'): p = p.replace(corpus='manifest')
     corpus = Lab(p, events=events, data=data).corpus
     parts = {s: corpus.split(s) for s in corpus.splits}
-    facts = dict(name=corpus.name, hash=corpus.hash, about=corpus.about,
+    facts = dict(name=corpus.name, hash=corpus.hash, about=corpus.description,
                  **{s: dict(clips=len(p), captions=len(p.captions)) for s, p in parts.items()})
     if out: facts['manifest'] = str(write_corpus(corpus, out))
     tell(facts, as_json)

@@ -1,5 +1,5 @@
 """Files the baselines read, in each form they come in, and input that cannot be used."""
-import types
+import gzip, sys, types
 
 import h5py
 import numpy as np
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cmlf import baselines as b
+from cmlf.appendix.experts import Words, load_expert, load_words, read_vectors, vector_format
 from cmlf.core import CmlfError
 
 VECTORS = {'dog': [1., 0, 2], 'barks': [0, 1, 0], 'rain': [1, 1, -3]}
@@ -18,16 +19,17 @@ def binary(vectors, end=b''):
     return head + b''.join(w.encode() + b' ' + np.float32(v).tobytes() + end for w, v in vectors.items())
 
 WORD_FILES = {'glove.txt': text(VECTORS).encode(), 'w2v.txt': b'3 3\n' + text(VECTORS).encode(),
-              'w2v.bin': binary(VECTORS), 'lines.bin': binary(VECTORS, b'\n'), 'unended.txt': text(VECTORS).encode().rstrip()}
+              'w2v.bin': binary(VECTORS), 'lines.bin': binary(VECTORS, b'\n'), 'unended.txt': text(VECTORS).encode().rstrip(),
+              'glove.txt.gz': gzip.compress(text(VECTORS).encode()), 'w2v.bin.gz': gzip.compress(binary(VECTORS))}
 
 @pytest.mark.parametrize('name', WORD_FILES)
 def test_every_form_of_word_file(tmp_path, name):
     path = tmp_path/name
     path.write_bytes(WORD_FILES[name])
-    file = b.WordFile(path)
-    assert file.binary == name.endswith('.bin')
+    file = read_vectors(path)
+    assert vector_format(path)[0] == ('.bin' in name)
     assert {w: file[w].tolist() for w in VECTORS} == VECTORS and 'cat' not in file
-    words = b.load_words(path, ['dog barks loudly', 'xyzzy'])
+    words = load_words(path, ['dog barks loudly', 'xyzzy'])
     ids = words.encode(['dog barks loudly', 'xyzzy', ''], 4)
     assert (ids > 0).sum(1).tolist() == [2, 1, 1]
     assert words.table[ids[0, :2]].tolist() == [VECTORS['dog'], VECTORS['barks']]
@@ -38,12 +40,24 @@ def test_every_form_of_word_file(tmp_path, name):
     (None, 'no such file'), (b'', 'empty'), (b'\x1f\x8b\x08\x00', 'gunzip'), (b'word\n', 'begins with neither'),
     (b'3 3\n', 'damaged|no word vectors'), (binary(VECTORS)[:-2], 'damaged'), (b'dog 1 0 2\nbarks 0 1\n', "'barks' is not 3 numbers"),
     (b'dog 1 0 2\nbarks 0 x 1\n', "'barks' is not 3 numbers"), (b'dog 1 0 2\nbarks 0 nan 1\n', "'barks' is not 3 numbers"),
-    (b'katze 1 0 2\n', 'knows no word')])
+    (b'dog 1 0 2\nbarks 0\n', "'barks' is not 3 numbers"), (b'dog 1 0 2\n. . 1 0 2\n', 'line 2'), (b'katze 1 0 2\n', 'has no word of the captions')])
 def test_bad_word_files(tmp_path, content, says):
     path = tmp_path/'words.txt'
     if content is not None: path.write_bytes(content)
-    with pytest.raises(CmlfError, match=says) as e: b.load_words(path, ['dog barks'])
+    with pytest.raises(CmlfError, match=says) as e: load_words(path, ['dog barks'])
     assert str(path) in str(e.value) and '\n' not in str(e.value)
+
+@pytest.mark.parametrize('name', ['glove.txt.gz', 'w2v.bin.gz'])
+def test_a_cut_download_is_named(tmp_path, name):
+    path = tmp_path/name
+    path.write_bytes(WORD_FILES[name][:-9])
+    with pytest.raises(CmlfError, match=f'{name}: ') as e: load_words(path, ['dog barks'])
+    assert '\n' not in str(e.value)
+
+def test_without_gensim_the_fix_is_named(tmp_path, monkeypatch):
+    (tmp_path/'words.txt').write_text(text(VECTORS))
+    monkeypatch.setitem(sys.modules, 'gensim.models', None)
+    with pytest.raises(CmlfError, match=r"words.txt: .*pip install 'cmlf\[words\]'"): load_words(tmp_path/'words.txt', ['dog'])
 
 def write_features(folder, form, arrays):
     if form == 'npy':
@@ -61,30 +75,30 @@ FORMS = 'npy', 'npz', 'h5', 'hdf5'
 
 @pytest.mark.parametrize('form', FORMS)
 def test_every_form_of_feature_file(tmp_path, form):
-    x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
-    arrays = {'Y-a_1': x, 'b': x[:2], 'nan': np.full((2, 4), np.nan), 'lone': np.nan, 'empty': np.zeros((0, 4))}
-    X, there = b.load_expert(write_features(tmp_path, form, arrays), [*arrays, 'absent'], 3, 4)
+    a = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    arrays = {'Y-a_1': a, 'b': a[:2], 'nan': np.full((2, 4), np.nan), 'lone': np.nan, 'empty': np.zeros((0, 4))}
+    X, there = load_expert(write_features(tmp_path, form, arrays), [*arrays, 'absent'], 3, 4)
     assert X.dtype == np.float32 and there.tolist() == [True, True, False, False, False, False]
-    np.testing.assert_array_equal(X[0], x[:3])
-    np.testing.assert_array_equal(X[1], [*x[:2], np.zeros(4)])
+    np.testing.assert_array_equal(X[0], a[:3])
+    np.testing.assert_array_equal(X[1], [*a[:2], np.zeros(4)])
     assert not X[2:].any()
 
 @pytest.mark.parametrize('form', FORMS)
 def test_a_wrong_width_names_file_and_clip(tmp_path, form):
     path = write_features(tmp_path, form, {'a': np.ones((2, 4)), 'b': np.ones((2, 5))})
     with pytest.raises(CmlfError, match=r"clip 'b' have shape \(2, 5\), expected \(n, 4\)") as e:
-        b.load_expert(path, ['a', 'b'], 3, 4)
+        load_expert(path, ['a', 'b'], 3, 4)
     assert str(path) in str(e.value)
 
 @pytest.mark.parametrize('name, content', [('x.npz', b'junk'), ('x.h5', b'junk'), ('x.pickle', b'junk'), ('absent.h5', None)])
 def test_bad_feature_files(tmp_path, name, content):
     if content: (tmp_path/name).write_bytes(content)
-    with pytest.raises(CmlfError, match=name): b.load_expert(tmp_path/name, ['a'], 3, 4)
+    with pytest.raises(CmlfError, match=name): load_expert(tmp_path/name, ['a'], 3, 4)
 
 def test_a_damaged_npy_and_foreign_clips(tmp_path):
     (tmp_path/'a.npy').write_bytes(b'junk')
-    with pytest.raises(CmlfError, match="clip 'a' is not readable"): b.load_expert(tmp_path, ['a'], 3, 4)
-    with pytest.raises(CmlfError, match='none of the 2 clips'): b.load_expert(tmp_path, ['x', 'y'], 3, 4)
+    with pytest.raises(CmlfError, match="clip 'a' is not readable"): load_expert(tmp_path, ['a'], 3, 4)
+    with pytest.raises(CmlfError, match='none of the 2 clips'): load_expert(tmp_path, ['x', 'y'], 3, 4)
 
 def model(**settings):
     torch.manual_seed(0)
@@ -115,7 +129,7 @@ def test_a_clip_scores_by_what_is_left(settings):
     torch.testing.assert_close(net(X, e)[:, 1], t[1] @ vectors[1][1])
     assert a.tolist() == [[1, 1], [0, 1]]
 
-def test_masking_makes_padding_silent_and_the_default_does_not():
+def test_padding_has_no_effect_with_a_mask_and_some_without():
     X = torch.randn(4, 5, 5)
     wide, real = torch.nn.functional.pad(X, (0, 0, 0, 9)), torch.arange(14).expand(4, 14) < 5
     for settings, same in ((dict(mask_padding=True), True), (dict(), False)):
@@ -134,7 +148,7 @@ def world(n=12, **change):
                            vggsound=(draw.normal(size=(n, 5, 6)).astype('f'), np.ones(n, bool)))
     return corpus, {s: experts() for s in ('train', 'val', 'test')}
 
-WORDS = b.Words(np.random.default_rng(0).normal(size=(2, 5)), lambda c: [('dog', 'barks').index(w) for w in c.split()])
+WORDS = Words(np.random.default_rng(0).normal(size=(2, 5)), lambda c: [('dog', 'barks').index(w) for w in c.split()])
 TINY = b.CESettings(shared_dim=8, clusters=2, text_clusters=2, max_words=3, epochs=2, batch_size=11)
 
 def train(corpus, experts, settings=TINY, **kw):
@@ -160,7 +174,7 @@ def spoil(what):
     return corpus, e
 
 @pytest.mark.parametrize('what, says', [('shape', r'val: expert audio: features \(5, 3, 4\)'), ('nan', 'val: expert audio has NaN for clip 3'),
-                                        ('nobody', 'val: no expert hears clip 4'), ('width', "val: experts {'audio': 2"),
+                                        ('nobody', 'val: no expert has features for clip 4'), ('width', "val: experts {'audio': 2"),
                                         ('split', "unknown split of the experts 'test'"), ('caption', 'train: clip 5 has no caption')])
 def test_what_cannot_be_trained_on_is_named(what, says):
     with pytest.raises(CmlfError, match=says): train(*spoil(what))
