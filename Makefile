@@ -50,7 +50,7 @@ notebooks: .venv/dev
 
 # the documentation, as a folder of pages that need nothing from elsewhere
 site: .venv/site
-	$(BIN)/python -m mkdocs build --strict --quiet --site-dir $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir $(SITE)
 	$(BIN)/python tools/links.py $(SITE)
 
 serve: .venv/site

@@ -99,6 +99,9 @@ def test_missing_outputs_are_seen(project):
     nb.cells[0].outputs = []
     nbformat.write(nb, path)
     assert '2 cells had outputs' in notebooks.faults(path)[0]
+    path = project('x = 1')
+    notebooks.execute(path)
+    assert 'shows nothing' in notebooks.faults(path)[0]
     del nb.metadata[notebooks.KEPT]
     nbformat.write(nb, path)
     assert 'never executed' in notebooks.faults(path)[0]

@@ -54,6 +54,13 @@ def test_every_import_of_the_library_is_a_dependency():
             if isinstance(node, ast.ImportFrom) and not node.level: names = [node.module]
             assert {name_of(n.split('.')[0]) for n in names} <= known, path.name
 
+def test_a_module_defines_a_name_once():
+    "Methods that `@patch` adds to several classes may share one."
+    for path in (ROOT/'cmlf').rglob('*.py'):
+        defined = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        names = [n.name for n in defined if 'patch' not in {getattr(d, 'id', '') for d in n.decorator_list}]
+        assert sorted(names) == sorted(set(names)), path.name
+
 def test_extras_are_imported_late():
     "`import cmlf.x` works without them."
     for path in (ROOT/'cmlf').rglob('*.py'):
@@ -72,9 +79,12 @@ def test_pre_commit_uses_the_tested_ruff():
     asked = [d for repo in hooks for hook in repo['hooks'] for d in hook.get('additional_dependencies', [])]
     assert f'ruff=={pinned()["ruff"]}' in asked
 
-def test_the_package_says_that_it_is_typed_and_carries_its_templates():
+def test_every_file_beside_the_modules_is_packaged():
     data = tomllib.loads((ROOT/'pyproject.toml').read_text())['tool']['setuptools']['package-data']['cmlf']
-    assert set(data) == {'py.typed', 'templates/*'} and (ROOT/'cmlf/py.typed').exists()
+    packaged = {p for pattern in data for p in (ROOT/'cmlf').glob(pattern)}
+    assert ROOT/'cmlf/py.typed' in packaged
+    beside = {p for p in (ROOT/'cmlf').rglob('*') if p.is_file() and p.suffix not in ('.py', '.pyc')}
+    assert beside == packaged
 
 def test_version_is_one():
     parser = configparser.ConfigParser(interpolation=None)

@@ -70,6 +70,11 @@ def execute(path) -> str:
     line = f'{path.relative_to(ROOT)}: {shown(nb)} outputs, {path.stat().st_size / 1e3:.0f} kB, {time.monotonic() - start:.0f} s'
     return line + (f'; {left_out} cells are marked "eval: false" and were not run' if left_out else '')
 
+def plain(error) -> str:
+    "What went wrong, without colours and without the whole traceback."
+    lines = [l for l in re.sub(r'\x1b\[[\d;]*m', '', str(error)).splitlines() if l.strip()]
+    return lines[-1] if len(lines) < 4 else '\n    '.join(['', *lines[2:6], '...', lines[-1]])
+
 def kernel_env() -> dict:
     "One thread, not as a test, and without the data of this machine: pages show what everyone can see."
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST' and not k.startswith('CMLF_')}
@@ -116,6 +121,7 @@ def faults(path) -> list[str]:
     elif mark.get('code') != code_hash(nb): found.append(f'its code changed after it was executed: {again}')
     elif mark.get('outputs') != shown(nb):
         found.append(f'{mark.get("outputs")} cells had outputs when it was executed, now {shown(nb)} have: {again}')
+    elif not shown(nb): found.append('shows nothing: end a cell in the value worth seeing')
     for i, cell in enumerate(nb.cells):
         for output in cell.get('outputs', []): found += [f'cell {i}: {fault}' for fault in output_faults(output)]
         if cell.get('execution_count') is not None: found.append(f'cell {i}: has an execution count: make export')
@@ -181,7 +187,7 @@ def execute_all(stale, jobs, fresh) -> int:
             try: print(job.result(), flush=True)
             except Exception as e:
                 failed += 1
-                print(f'{path.relative_to(ROOT)} was left as it is: {e}', file=sys.stderr, flush=True)
+                print(f'{path.relative_to(ROOT)} was left as it is: {plain(e)}', file=sys.stderr, flush=True)
     if fresh: print(f'{fresh} notebooks were up to date')
     found = [f for p in stale for f in faults(p)] + total_faults()
     print(*found, sep='\n', file=sys.stderr)
