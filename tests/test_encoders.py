@@ -1,4 +1,4 @@
-"""PANNs files at full size, files that must be refused, text models from folders, teachers that stay still."""
+"""PANNs files at full size, files that must be refused, text models from folders, frozen encoders that do not change."""
 import json, os, shutil, subprocess, sys, zipfile
 
 import librosa
@@ -13,13 +13,15 @@ from tokenizers import ByteLevelBPETokenizer, SentencePieceUnigramTokenizer, Tok
 from tokenizers.normalizers import Lowercase
 from tokenizers.processors import TemplateProcessing
 
+from cmlf.appendix.bert import load_bert, packaged_minilm
+from cmlf.appendix.checkpoints import SAFE, read_panns
+from cmlf.appendix.dropout import dropout
 from cmlf.config import get_profile
 from cmlf.core import CmlfError
-from cmlf.encoders import (SAFE, DualEncoder, ResNet38, TextEncoder, dropout, load_bert, packaged_minilm, read_panns,
-                           spec_augment)
+from cmlf.encoders import DualEncoder, ResNet38, TextEncoder, spec_augment
 
 
-# PANNs' 246 entries, written down without looking at our trunk
+# PANNs' 246 arrays, written down independently of our encoder
 
 def _bn(name, n): return {f'{name}.{k}': (n,) for k in ('weight', 'bias', 'running_mean', 'running_var')} | {
     f'{name}.num_batches_tracked': ()}
@@ -65,11 +67,11 @@ def test_full_size_file(tmp_path):
     "Width 64, the format of ResNet38_mAP=0.434.pth, in the old container that file was written in."
     model = entries(64)
     assert len(model) == 246
-    trunk = ResNet38(64).load_panns(save(tmp_path/'full.pth', model, legacy=True))
-    mine = trunk.state_dict()
+    encoder = ResNet38(64).load_panns(save(tmp_path/'full.pth', model, legacy=True))
+    mine = encoder.state_dict()
     assert len(mine) == 239 and set(model) - set(mine) == set(FRONT) | {k for k in model if k.startswith('fc')}
     assert all(torch.equal(v, model[k]) for k, v in mine.items())
-    assert sum(p.numel() for p in trunk.parameters()) == 68_507_072
+    assert sum(p.numel() for p in encoder.parameters()) == 68_507_072
 
 @pytest.mark.parametrize('legacy', [False, True])
 def test_small_twin_both_containers(tmp_path, legacy):
@@ -95,9 +97,9 @@ def test_safetensors_twin(tmp_path):
     assert torch.equal(ResNet38(2).load_panns(tmp_path/'m.safetensors').bn0.bias, model['bn0.bias'])
 
 def test_loaded_weights_are_used(tmp_path):
-    "A trunk with loaded weights computes what PyTorch computes from them, block by block."
+    "An encoder with loaded weights computes what PyTorch computes from them, block by block."
     m = {k: v * 0.2 if v.is_floating_point() else v for k, v in entries(2).items()} | FRONT
-    trunk = ResNet38(2).load_panns(save(tmp_path/'m.pth', m)).eval()
+    encoder = ResNet38(2).load_panns(save(tmp_path/'m.pth', m)).eval()
     F = torch.nn.functional
     bn = lambda x, n: F.batch_norm(x, m[f'{n}.running_mean'], m[f'{n}.running_var'], m[f'{n}.weight'], m[f'{n}.bias'])
     conv = lambda x, n: F.conv2d(x, m[f'{n}.weight'], padding=m[f'{n}.weight'].shape[-1] // 2)
@@ -114,7 +116,7 @@ def test_loaded_weights_are_used(tmp_path):
                     skip = bn(conv(x, f'{name}.downsample.1'), f'{name}.downsample.2')
                 x = F.relu(pair(x, name) + skip)
         x = F.relu(pair(F.avg_pool2d(x, 2), 'conv_block_after1')).mean(3)
-        assert torch.allclose(trunk(image), x.max(2)[0] + x.mean(2), rtol=1e-4, atol=1e-4)
+        assert torch.allclose(encoder(image), x.max(2)[0] + x.mean(2), rtol=1e-4, atol=1e-4)
 
 
 # refused
@@ -124,7 +126,7 @@ def test_pickle_with_code_is_not_run(tmp_path, legacy):
     class Evil:
         def __reduce__(self): return os.system, (f'touch {tmp_path}/ran',)
     torch.save(dict(model=entries(1), sampler=Evil()), tmp_path/'evil.pth', _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(CmlfError, match='evil.pth: not loaded, it wants to run posix.system'):
+    with pytest.raises(CmlfError, match='evil.pth: not loaded, it would run posix.system'):
         ResNet38(1).load_panns(tmp_path/'evil.pth')
     assert not (tmp_path/'ran').exists()
 
@@ -145,7 +147,7 @@ def test_no_such_file(tmp_path):
 
 NAME = 'resnet.layer3.5.conv2.weight'
 
-@pytest.mark.parametrize('change, said', [
+@pytest.mark.parametrize('change, message', [
     (lambda m: m.pop(NAME), rf'missing: 1 \({NAME}\)'),
     (lambda m: m.update(extra=torch.zeros(2)), r'unexpected: 1 \(extra\)'),
     (lambda m: m.update({NAME: torch.zeros(4, 4, 1, 1)}), rf'another shape: 1 \({NAME} \(4, 4, 1, 1\) for \(4, 4, 3, 3\)\)'),
@@ -153,14 +155,14 @@ NAME = 'resnet.layer3.5.conv2.weight'
     (lambda m: m.pop('logmel_extractor.melW'), r'missing: 1 \(logmel_extractor.melW\)'),
     (lambda m: [m.pop(k) for k in list(m) if k.startswith('resnet')], r'missing: 210 \('),
 ])
-def test_what_does_not_fit_is_named(tmp_path, change, said):
+def test_what_does_not_fit_is_named(tmp_path, change, message):
     model = entries(1)
     change(model)
-    trunk = ResNet38(1)
-    before = {k: v.clone() for k, v in trunk.state_dict().items()}
-    with pytest.raises(CmlfError, match=said) as e: trunk.load_panns(save(tmp_path/'m.pth', model))
+    encoder = ResNet38(1)
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    with pytest.raises(CmlfError, match=message) as e: encoder.load_panns(save(tmp_path/'m.pth', model))
     assert '\n' not in str(e.value)
-    assert all(torch.equal(v, before[k]) for k, v in trunk.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 
 def test_other_width_says_which(tmp_path):
     with pytest.raises(CmlfError, match='set width=2'): ResNet38(4).load_panns(save(tmp_path/'m.pth', entries(2)))
@@ -181,7 +183,7 @@ def test_other_window_is_named(tmp_path):
         ResNet38(1).load_panns(save(tmp_path/'m.pth', model))
 
 
-# the trunk
+# the audio encoder
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64, torch.float16])
 def test_dropout_drops_and_scales(dtype):
@@ -210,14 +212,14 @@ def test_spec_augment_keeps_the_rest():
     assert torch.equal(blank, blank.all(2, keepdim=True) | blank.all(1, keepdim=True))
     assert spec_augment(x, time_stripe=1, freq_stripe=1).equal(x)
 
-def test_trunk_repeats_itself_from_a_seed():
+def test_audio_encoder_repeats_itself_from_a_seed():
     x = torch.randn(2, 64, 64)
     def once():
         torch.manual_seed(4)
         return ResNet38(2, spec_augment=True).train()(x)
     assert torch.equal(once(), once())
 
-def test_narrow_trunk_trains_in_bf16():
+def test_narrow_audio_encoder_trains_in_bf16():
     model, x = ResNet38(2), torch.randn(4, 40, 64)
     with torch.autocast('cpu', torch.bfloat16): y = model(x)
     y.square().sum().backward()
@@ -281,20 +283,20 @@ def test_offline_hub_name_is_one_line():
 
 OFFSET = 'roberta', 'xlm-roberta', 'camembert'
 TYPES = 'bert', *OFFSET
-SAID = ['a dog barks in the rain', 'a Loud bell rings; far away', 'café water splashes', 'birds sing 123'] * 20
+CAPTIONS = ['a dog barks in the rain', 'a Loud bell rings; far away', 'café water splashes', 'birds sing 123'] * 20
 
 def pieces(type):
-    "A tokenizer of the type's kind, trained on `SAID`."
+    "A tokenizer of the type's kind, trained on `CAPTIONS`."
     special = ['<s>', '<pad>', '</s>', '<unk>', '<mask>']
     if type == 'roberta': tokenizer = ByteLevelBPETokenizer(add_prefix_space=True)
     else: tokenizer = SentencePieceUnigramTokenizer()
     unknown = {} if type == 'roberta' else dict(unk_token='<unk>')
-    tokenizer.train_from_iterator(SAID, vocab_size=400, special_tokens=special, show_progress=False, **unknown)
+    tokenizer.train_from_iterator(CAPTIONS, vocab_size=400, special_tokens=special, show_progress=False, **unknown)
     tokenizer._tokenizer.post_processor = TemplateProcessing(single='<s> $A </s>', special_tokens=[('<s>', 0), ('</s>', 2)])
     return tokenizer
 
-def text_folder(path, type, said=(), max_positions=40, **config):
-    "A folder as the hub has it; `said` goes into tokenizer_config.json."
+def text_folder(path, type, settings=(), max_positions=40, **config):
+    "A folder as the hub has it; `settings` goes into tokenizer_config.json."
     path.mkdir(parents=True, exist_ok=True)
     if type == 'bert':
         transformers.AutoTokenizer.from_pretrained(packaged_minilm()).save_pretrained(path)
@@ -304,7 +306,7 @@ def text_folder(path, type, said=(), max_positions=40, **config):
         names = dict(bos_token='<s>', eos_token='</s>', cls_token='<s>', sep_token='</s>', unk_token='<unk>', pad_token='<pad>',
                      mask_token='<mask>')
         about = names | dict(tokenizer_class=dict(zip(OFFSET, ('RobertaTokenizer', 'XLMRobertaTokenizer', 'CamembertTokenizer')))[type])
-    (path/'tokenizer_config.json').write_text(json.dumps(about | dict(said)))
+    (path/'tokenizer_config.json').write_text(json.dumps(about | dict(settings)))
     sizes = dict(vocab_size=30522, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     config = transformers.AutoConfig.for_model(type, **sizes | dict(max_position_embeddings=max_positions) | config)
     torch.manual_seed(1)
@@ -329,7 +331,7 @@ def reference(folder, rows):
 def test_padding_side_changes_nothing(tmp_path, type, side, pool):
     text = TextEncoder(str(text_folder(tmp_path/'m', type, dict(padding_side=side))), pool).eval()
     assert text.tokenizer.padding_side == side
-    captions = SAID[:4]
+    captions = CAPTIONS[:4]
     tokens = text.tokenize(captions)
     rows = [text.tokenizer(c)['input_ids'] for c in captions]
     assert [ids[m.bool()].tolist() for ids, m in zip(*tokens.values())] == rows
@@ -375,18 +377,18 @@ def test_without_pad_token(tmp_path, type):
     edit_json(b/'tokenizer_config.json', pad_token=None)
     plain, text = (TextEncoder(str(f)).eval() for f in (a, b))
     assert text.tokenizer.pad_token_id is None
-    one, two = plain.tokenize(SAID[:4]), text.tokenize(SAID[:4])
+    one, two = plain.tokenize(CAPTIONS[:4]), text.tokenize(CAPTIONS[:4])
     assert all(torch.equal(one[k], two[k]) for k in one) and torch.equal(plain(one), text(two))
 
 def test_no_attention_mask_from_the_tokenizer(tmp_path):
-    said = dict(model_input_names=['input_ids'])
-    text = TextEncoder(str(text_folder(tmp_path/'m', 'bert', said)))
+    settings = dict(model_input_names=['input_ids'])
+    text = TextEncoder(str(text_folder(tmp_path/'m', 'bert', settings)))
     assert set(text.tokenizer(['a'])) == {'input_ids'}
     assert text.tokenize(['a dog', 'a'])['attention_mask'].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
 
 @pytest.mark.parametrize('name', ['minilm', 'tiny', 'folder'])
 @pytest.mark.parametrize('pool', ['cls', 'mean'])
-def test_ordinary_captions_are_read_as_the_library_pads_them(tmp_path, name, pool):
+def test_ordinary_captions_are_padded_as_by_the_library(tmp_path, name, pool):
     "Bit for bit what the tokenizer's own padding gives."
     text = TextEncoder(str(text_folder(tmp_path/'m', 'bert', max_positions=64)) if name == 'folder' else name, pool).eval()
     captions = ['a dog barks', 'Rain falls on a roof; the wind, too!', 'birds ' * 40, '', 'café 雨']
@@ -400,7 +402,7 @@ def test_ordinary_captions_are_read_as_the_library_pads_them(tmp_path, name, poo
         assert torch.equal(text(tokens), h[:, 0] if pool == 'cls' else (h * m).sum(1) / m.sum(1))
 
 
-# captions that cannot be read
+# captions that are refused
 
 def test_long_captions_are_named_and_counted():
     text = TextEncoder('tiny')
@@ -420,15 +422,15 @@ def test_what_is_not_text_is_named(thing):
         text.tokenize(['rain', thing], ['my.csv row 2', 'my.csv row 3'])
 
 def test_captions_of_any_sequence():
-    text, said = TextEncoder('tiny'), ['a dog', 'rain']
-    for captions in (tuple(said), np.array(said), pd.Series(said, index=[7, 9])):
-        assert torch.equal(text.tokenize(captions)['input_ids'], text.tokenize(said)['input_ids'])
+    text, plain = TextEncoder('tiny'), ['a dog', 'rain']
+    for captions in (tuple(plain), np.array(plain), pd.Series(plain, index=[7, 9])):
+        assert torch.equal(text.tokenize(captions)['input_ids'], text.tokenize(plain)['input_ids'])
     with pytest.raises(CmlfError, match='caption 0 .* 902 tokens'): text.tokenize(pd.Series(['rain ' * 900], index=[7]))
 
 def test_caption_without_tokens(tmp_path):
     "Where a tokenizer adds none of its own, an empty caption has nothing to take the mean of."
-    said = dict(tokenizer_class='PreTrainedTokenizerFast')
-    folder = text_folder(tmp_path/'m', 'bert', said)
+    settings = dict(tokenizer_class='PreTrainedTokenizerFast')
+    folder = text_folder(tmp_path/'m', 'bert', settings)
     edit_json(folder/'tokenizer.json', post_processor=None)
     with pytest.raises(CmlfError, match=r"puts no \[CLS\] before a caption; set text_pool='mean'"): TextEncoder(str(folder))
     text = TextEncoder(str(folder), 'mean')
@@ -443,7 +445,7 @@ def refused(folder, match):
 
 @pytest.mark.parametrize('type', TYPES)
 def test_vocabulary_beyond_the_word_table(tmp_path, type):
-    refused(text_folder(tmp_path/'m', type, vocab_size=30), r'its tokenizer has ids up to \d+, its word table 30 rows')
+    refused(text_folder(tmp_path/'m', type, vocab_size=30), r'its tokenizer has ids up to \d+, its word table has 30 rows')
 
 def test_special_tokens_beyond_the_word_table(tmp_path):
     "They do no harm before a caption holds one."
@@ -459,7 +461,7 @@ def test_folder_without_tokenizer_files(tmp_path, type):
     "transformers makes a tokenizer of special tokens, to which every word is unknown."
     folder = text_folder(tmp_path/'m', type)
     (folder/'tokenizer.json').unlink()
-    refused(folder, 'its tokenizer knows no words; add its files')
+    refused(folder, 'its tokenizer has no words; add its files')
 
 @pytest.mark.parametrize('type', TYPES)
 @pytest.mark.parametrize('content', ['', '{"x"', '{}', '[]'])
@@ -475,12 +477,12 @@ def test_other_padding_than_the_positions_expect(tmp_path, type):
 def test_roberta_without_padding_id(tmp_path):
     folder = text_folder(tmp_path/'m', 'roberta')
     edit_json(folder/'config.json', pad_token_id=None)
-    refused(folder, 'config.json gives no pad_token_id')
+    refused(folder, 'config.json has no pad_token_id')
 
 @pytest.mark.parametrize('type', TYPES)
 @pytest.mark.parametrize('changes, match', [(dict(is_decoder=True), 'it is a decoder'),
                                             (dict(position_embedding_type='relative_key'), "positions are 'relative_key'")])
-def test_models_that_read_otherwise(tmp_path, type, changes, match):
+def test_models_of_unsuited_kinds(tmp_path, type, changes, match):
     folder = text_folder(tmp_path/'m', type)
     edit_json(folder/'config.json', **changes)
     refused(folder, match)
@@ -509,7 +511,7 @@ def dual(name, pool='cls', train_word_table=True):
 
 def outputs(model):
     x = torch.randn(3, 40, 64, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad(): return model.embed_audio(x), model.embed_text(model.text.tokenize(SAID[:4]))
+    with torch.no_grad(): return model.embed_audio(x), model.embed_text(model.text.tokenize(CAPTIONS[:4]))
 
 @pytest.mark.parametrize('name', ['minilm', 'tiny', *TYPES])
 def test_saved_model_needs_its_folder_only(tmp_path, name, monkeypatch):
@@ -519,7 +521,7 @@ def test_saved_model_needs_its_folder_only(tmp_path, name, monkeypatch):
     os.rename(tmp_path/'saved', tmp_path/'moved')
     shutil.rmtree(tmp_path/'m', ignore_errors=True)
     monkeypatch.setattr('socket.socket', NoNetwork)
-    monkeypatch.setattr('cmlf.encoders.packaged_minilm', lambda: tmp_path/'gone')
+    for room in ('encoders', 'appendix.bert'): monkeypatch.setattr(f'cmlf.{room}.packaged_minilm', lambda: tmp_path/'gone')
     state = torch.get_rng_state()
     found = DualEncoder.load(tmp_path/'moved')
     assert torch.equal(torch.get_rng_state(), state)  # draws nothing from the caller's stream
@@ -530,8 +532,8 @@ def test_saved_model_needs_its_folder_only(tmp_path, name, monkeypatch):
     assert (a.width, a.dropout, a.block_dropout, a.spec_augment, a.time_stripe) == (2, 0.3, 0.1, True, 7)
     assert (b.pool, b.dropout, b.train_word_table, b.longest) == ('mean', 0.3, False, model.text.longest)
     assert b.model.config.hidden_dropout_prob == b.model.config.attention_probs_dropout_prob == 0.3
-    learns = lambda m: [n for n, p in m.train_only('both').named_parameters() if p.requires_grad]
-    assert learns(found) == learns(model) and not any('word_embeddings' in n for n in learns(found))
+    trainable = lambda m: [n for n, p in m.train_only('both').named_parameters() if p.requires_grad]
+    assert trainable(found) == trainable(model) and not any('word_embeddings' in n for n in trainable(found))
     assert str(tmp_path) not in ''.join(f.read_text() for f in (tmp_path/'moved').rglob('*.json'))
 
 def test_saved_again_over_another_model(tmp_path):
@@ -540,12 +542,12 @@ def test_saved_again_over_another_model(tmp_path):
     model.save(tmp_path/'saved')
     assert all(map(torch.equal, outputs(DualEncoder.load(tmp_path/'saved')), outputs(model)))
 
-def test_loading_trains_on_as_before(tmp_path):
-    "One seed, one step: dropout and SpecAugment are the same in the model that was read."
+def test_training_continues_after_loading(tmp_path):
+    "One seed, one step: dropout and SpecAugment are the same in the loaded model."
     def step(model):
         torch.manual_seed(5)
         model.train_only('both')
-        return model.embed_audio(torch.randn(4, 40, 64)), model.embed_text(model.text.tokenize(SAID[:4]))
+        return model.embed_audio(torch.randn(4, 40, 64)), model.embed_text(model.text.tokenize(CAPTIONS[:4]))
     model = dual('tiny')
     model.save(tmp_path)
     assert all(map(torch.equal, step(DualEncoder.load(tmp_path)), step(model)))
@@ -575,8 +577,8 @@ def test_text_encoder_alone(tmp_path):
     found = TextEncoder.load(tmp_path/'t')
     assert found.training and not torch.equal(found.model.embeddings.word_embeddings.weight, text.model.embeddings.word_embeddings.weight)
     found.load_state_dict(text.state_dict())
-    tokens = found.eval().tokenize(SAID[:4])
-    assert torch.equal(found(tokens), text(text.tokenize(SAID[:4])))
+    tokens = found.eval().tokenize(CAPTIONS[:4])
+    assert torch.equal(found(tokens), text(text.tokenize(CAPTIONS[:4])))
 
 def test_quiet_and_offline_in_a_fresh_process(tmp_path):
     "No warning, no bar, no hub, even where the hub may be asked."
@@ -624,7 +626,7 @@ def test_damaged_folder_names_the_file(saved, tmp_path, name, harm):
     if harm == 'missing': path.unlink()
     elif harm == 'flipped': path.write_bytes(data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 0x80]) + data[len(data) // 2 + 1:])
     else: path.write_bytes(data[:0 if harm == 'empty' else len(data) // 2])
-    with pytest.raises(CmlfError, match='copy the whole folder anew, or save the model again') as e: DualEncoder.load(tmp_path/'copy')
+    with pytest.raises(CmlfError, match='copy the whole folder again, or save the model again') as e: DualEncoder.load(tmp_path/'copy')
     assert str(e.value).startswith(f'{path}: ') and '\n' not in str(e.value)
 
 AUDIO = dict(width=2, dropout=0.3, block_dropout=0.1, spec_augment=True, time_stripe=7)
@@ -632,8 +634,8 @@ AUDIO = dict(width=2, dropout=0.3, block_dropout=0.1, spec_augment=True, time_st
 @pytest.mark.parametrize('changes, match', [
     (dict(audio=dict(width=2)), 'should hold width, dropout, block_dropout'), (dict(audio=AUDIO | dict(depth=3)), 'should hold width'),
     (dict(audio=AUDIO | dict(width='wide')), "width='wide' is not usable"), (dict(audio=3), 'audio=3 is not usable'),
-    (dict(audio=AUDIO | dict(width=4)), 'not of the model in encoders.json'),
-    (dict(joint_dim=9), 'not of the model in encoders.json.*of another shape'), (dict(joint_dim='9'), "joint_dim='9' is not usable"),
+    (dict(audio=AUDIO | dict(width=4)), 'does not fit the model in encoders.json'),
+    (dict(joint_dim=9), 'does not fit the model in encoders.json.*of another shape'), (dict(joint_dim='9'), "joint_dim='9' is not usable"),
     (dict(more=1), 'should hold audio, joint_dim, head_hidden, files')])
 def test_description_of_another_model(saved, tmp_path, changes, match):
     shutil.copytree(saved, tmp_path/'copy')
@@ -665,11 +667,11 @@ def test_other_encoders_are_not_saved(tmp_path):
     assert not (tmp_path/'x').exists()
 
 
-# teachers
+# frozen encoders
 
-@pytest.mark.parametrize('which, teacher', [('audio', 'text'), ('text', 'audio')])
+@pytest.mark.parametrize('which, frozen', [('audio', 'text'), ('text', 'audio')])
 @pytest.mark.parametrize('freeze_head', [False, True])
-def test_teacher_is_unchanged_by_a_step(which, teacher, freeze_head):
+def test_frozen_encoder_is_unchanged_by_a_step(which, frozen, freeze_head):
     torch.manual_seed(0)
     model = DualEncoder.from_profile(get_profile('smoke', dict(width=2)))
     model.train_only(which, freeze_head).train()
@@ -680,9 +682,9 @@ def test_teacher_is_unchanged_by_a_step(which, teacher, freeze_head):
         (model.embed_audio(x) * model.embed_text(tokens)).sum().backward()
         optimiser.step(); optimiser.zero_grad()
     changed = {k.split('.')[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed == {'audio', 'text', 'audio_head', 'text_head'} - {teacher} - ({f'{teacher}_head'} if freeze_head else set())
+    assert changed == {'audio', 'text', 'audio_head', 'text_head'} - {frozen} - ({f'{frozen}_head'} if freeze_head else set())
 
-def test_everybody_learns_again_after_the_stages():
+def test_everything_is_trained_again_after_the_stages():
     model = DualEncoder.from_profile(get_profile('smoke', dict(width=2, train_word_table=True)))
     model.train_only('audio').train_only('text', True).train_only('both')
     assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())

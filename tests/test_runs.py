@@ -103,7 +103,7 @@ def test_a_moved_run_evaluates_without_what_it_started_from(from_panns):
     assert found.returncode == 0, found.stderr
     facts = json.loads(found.stdout)
     assert {'R@50'} <= set(facts['more']['t2a']) and {'mAP@10'} <= set(facts['map']['a2t'])
-    assert Run(run).metadata['profile']['panns'].startswith('/') and Run(run).metadata['precision'] in ('bf16', 'float32')
+    assert Run(run).metadata['profile']['tagger']['panns'].startswith('/') and Run(run).metadata['precision'] in ('bf16', 'float32')
 
 def test_a_run_on_another_corpus_scores_the_one_that_is_given(from_panns, tmp_path):
     "A run of composed scenes once scored its own scenes, whatever --data said."
