@@ -6,7 +6,7 @@
 __all__ = ['LAYOUTS', 'Layout', 'recognise', 'load_corpus']
 
 # %% ../nbs/04_layouts.ipynb #46b6b50d
-import json, os, re
+import json, re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial

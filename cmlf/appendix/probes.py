@@ -134,7 +134,7 @@ def _sound_of_entry(entry, sounds, folder):
     for (file, row), name in zip(entry.inside, names):
         if name[:67] != names[0][:67]:  # folder and hash; the extension may differ
             raise CmlfError(f'{file} row {row + 1}: clip {entry.id!r} has another sound than in '
-                            f'{entry.where}; tell them apart in a column id')
+                            f'{entry.where}; give each sound its own id in a column id')
     return (folder/names[0], '') if names[0] else (None, 'no sound in its row')
 
 def _locate_inside(entries) -> list:
