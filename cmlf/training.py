@@ -188,8 +188,12 @@ class Checkpoint:
 class Trainer:
     "Train `model` through `stages`; `fit` returns the history and resumes from `checkpoint`."
     def __init__(self, model, # a `DualEncoder`
-                 train:PairedSplit, val:PairedSplit, profile:Profile, stages:list, # of `Stage`
-                 seed:int=0, vectors=None, # (N, d) ancillary vectors, needed where a stage is mined
+                 train:PairedSplit, # N training pairs
+                 val:PairedSplit, # selects the best epoch of a stage
+                 profile:Profile, # its `batches`, `optimiser` and `curriculum`
+                 stages:list, # of `Stage`
+                 seed:int=0, # of batches, captions, dropout and SpecAugment
+                 vectors=None, # (N, d) ancillary vectors, needed where a stage is mined
                  test:PairedSplit=None, # embedded at the end of every stage, if given
                  checkpoint=None, # file to write between epochs, and to resume from
                  save_every:float=30., # seconds between checkpoints
@@ -238,7 +242,10 @@ def batches(self:Trainer) -> np.ndarray:
 
 # %% ../nbs/11_training.ipynb #5eb61bbb
 @patch
-def joint_space(self:Trainer, clips, captions):
+def joint_space(self:Trainer,
+                clips, # (B,) indices
+                captions, # (B,) indices
+               ) -> tuple:
     "Both sides of a batch in the joint space, (B, d) each; a frozen encoder comes from the cache."
     m = self.model
     with autocast(self.dev, self.profile.optimiser.amp):
@@ -260,7 +267,11 @@ def set_rate(self:Trainer, done): # epochs of this stage that are done, with fra
         g['lr'] = g['peak'] * lr_factor(self.profile, before + done, total)
 
 @patch
-def step(self:Trainer, clips, captions, done) -> torch.Tensor:
+def step(self:Trainer,
+         clips, # (B,) indices
+         captions, # (B,) indices
+         done:float, # epochs of this stage that are done, with fraction
+        ) -> torch.Tensor:
     "One update; the loss, still on the device."
     opt, clip_norm = self.optimiser, self.profile.optimiser.clip_norm
     self.set_rate(done)
@@ -396,7 +407,11 @@ def train_epoch(self:Trainer):
 
 # %% ../nbs/11_training.ipynb #d27942e5
 @patch
-def record(self:Trainer, loss, scores, updates, seconds, val_seconds):
+def record(self:Trainer, loss:float,
+           scores:dict, # as `score` returns them
+           updates:int, # of each trained encoder
+           seconds:float, # of training
+           val_seconds:float): # of scoring
     "Add a row to the history, and log a line."
     s = self.stages[self.stage]
     self.history.append(dict(
@@ -456,8 +471,10 @@ def _tag_step(encoder, head, x, tags, optimiser, recipe, amp):
 def fit_tagger(encoder, # with `n_out`: (B, ...) -> (B, n_out) or (B, tokens, n_out)
                inputs, # `inputs[indices]` -> a batch
                tags, # (n, k) float 0/1, the events of each input
-               epochs:int, lr:float=1e-3, # highest learning rate
-               batch:int=32, seed:int=0,
+               epochs:int,
+               lr:float=1e-3, # highest learning rate
+               batch:int=32, # inputs per step
+               seed:int=0, # of the batches, and of a new head
                amp:bool=True, # bf16, where it is faster
                log=log, # called with one line per epoch
                head=None, # (B, n_out) -> (B, k); None: a new linear layer
@@ -487,8 +504,10 @@ def fit_tagger(encoder, # with `n_out`: (B, ...) -> (B, n_out) or (B, tokens, n_
     return head
 
 # %% ../nbs/11_training.ipynb #c8ecd7b5
-def mean_average_precision(encoder, head, # as `fit_tagger` trained them
-                           store, tags, # of held-out scenes
+def mean_average_precision(encoder, # as `fit_tagger` trained it
+                           head, # its linear layer
+                           store, # `store[indices]` -> a batch of held-out scenes
+                           tags, # (n, k) 0/1, the events of each scene
                           ) -> float:
     "mAP over the kinds that occur among the held-out scenes, in [0, 1]."
     from sklearn.metrics import average_precision_score
