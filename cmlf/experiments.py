@@ -357,7 +357,8 @@ def evaluate_on(run:Run, # finished, of a dual encoder
 
 def _evaluation_profile(run):
     "The stored settings, without the files that training started from: they may be gone."
-    stored = Profile().replace(**run.metadata['profile'])
+    try: stored = Profile().replace(**run.metadata['profile'])
+    except CmlfError as e: raise CmlfError(f'{run.folder/"run.json"}: {e}') from None
     return stored.replace(source='manifest', **dict.fromkeys(PATH_SETTINGS, ''))
 
 # %% ../nbs/14_experiments.ipynb #221b6267
