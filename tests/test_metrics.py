@@ -111,7 +111,7 @@ def test_five_captions_divide_by_five():
 
 # ---- own captions
 
-def test_repeated_own_captions_are_no_rivals():
+def test_repeated_own_captions_are_not_counted():
     r = retrieval_from_similarity([[1, 0], [1, 0], [1, 0], [0, 1]], [0, 0, 0, 1])
     assert r.a2t_ranks.tolist() == [0, 0] and r.recall(1, 'a2t') == r.map(10, 'a2t') == 100
     e = np.eye(2)
@@ -124,7 +124,7 @@ def test_equal_captions_of_other_clips_count_half():
     assert retrieval_from_similarity(sim, [0, 0, 1, 1]).a2t_ranks.tolist() == [1, 1]
 
 
-def test_equal_right_clips_are_no_rivals():
+def test_equal_right_clips_are_not_counted():
     sim = [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
     assert retrieval_from_similarity(sim, [0, 1, 2]).t2a_ranks.tolist() == [.5, 0, 0]
     r = retrieval_from_similarity(sim, [0, 1, 2], relevant=[[1], [], []])
@@ -321,7 +321,7 @@ def made_up(text, owner, seed, noise=.079):
     return (blur(v)[word] @ clips.T).astype(np.float32)
 
 
-def test_what_the_rule_for_ties_is_worth(captions):
+def test_effect_of_the_rule_for_ties(captions):
     "The table of the page, in points of the means of five seeds."
     text, owner = captions
     own, rows = owner[:, None] == np.arange(957), []
