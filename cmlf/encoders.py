@@ -231,7 +231,7 @@ class ProjectionHead(nn.Sequential):
 
 # %% ../nbs/08_encoders.ipynb #061e58b1
 class DualEncoder(nn.Module):
-    "Two encoders, each with an `n_out`, and their heads: x = f(a), y = g(t) in a joint space (II-A)."
+    "Two encoders, each with an `n_out`, and their heads: x = f(a), y = g(t) (II-A)."
     def __init__(self, audio:nn.Module, # (B, frames, 64) -> (B, audio.n_out)
                  text:nn.Module, # tokens -> (B, text.n_out), with a `tokenize`
                  joint_dim:int=1024, # d
@@ -289,7 +289,7 @@ def train(self:DualEncoder, mode:bool=True) -> DualEncoder:
 _TEXT_SETTINGS = dict(pool=str, dropout=float|int|None, train_word_table=bool)
 
 @patch
-def save(self:TextEncoder, folder):
+def save(self:TextEncoder, folder) -> None:
     "Everything but the weights: config, tokenizer and settings, from which `load` builds it."
     folder, version = Path(folder), transformers.__version__
     folder.mkdir(parents=True, exist_ok=True)
@@ -337,7 +337,7 @@ def _check_saveable(model):
 
 # %% ../nbs/08_encoders.ipynb #4d351864
 @patch
-def save(self:DualEncoder, folder):
+def save(self:DualEncoder, folder) -> None:
     "Write the model to `folder`, with everything that `load` needs."
     folder = Path(folder)
     _check_saveable(self)

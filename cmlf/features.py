@@ -250,7 +250,7 @@ class FeatureStore:
     def __getitem__(self, indices) -> torch.Tensor:
         if torch.is_tensor(indices): indices = indices.cpu().numpy()
         return torch.from_numpy(np.array(self.rows[indices])).float()
-    def __reduce__(self): return FeatureStore, (self.path,)  # another process maps the file anew
+    def __reduce__(self): return FeatureStore, (self.path,)  # another process maps the file itself
     def __repr__(self):
         return f'FeatureStore({self.path.name}, {"x".join(map(str, self.rows.shape))})'
 

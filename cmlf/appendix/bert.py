@@ -156,7 +156,7 @@ def ill_matched(tokenizer, # of transformers
 def read_tokenizer(folder, # with the tokenizer's files
                    ids:list, # of the probe when it was saved
                    saved_by:str, # version of transformers then
-                  ):
+                  ) -> transformers.PreTrainedTokenizerBase:
     "The tokenizer in `folder`, checked to give `ids` for the probe."
     why = 'it splits text differently'
     for reader in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast):

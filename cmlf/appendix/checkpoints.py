@@ -126,7 +126,7 @@ def read_settings(path:Path, # a JSON file
 # %% ../../nbs/appendix/checkpoints.ipynb #235fde57
 def check_files(folder:Path, # of the saved model
                 digests:dict, # {file name: `file_hash` at the time of saving}
-               ):
+               ) -> None:
     "Refuse a folder in which one of these files is missing or has changed."
     for name, digest in digests.items():
         path = folder/name

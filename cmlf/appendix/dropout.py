@@ -48,7 +48,7 @@ class Dropout(nn.Dropout):
     "`dropout` as a module."
     def forward(self, x:torch.Tensor) -> torch.Tensor: return dropout(x, self.p, self.training)
 
-def swap_dropout(module:nn.Module):
+def swap_dropout(module:nn.Module) -> None:
     "Replace every `nn.Dropout` in `module` by `Dropout`, in place."
     for m in list(module.modules()):
         for name, child in m.named_children():
