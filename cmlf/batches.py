@@ -86,7 +86,7 @@ def easy_bound(x, # (N, d) unit vectors
                m:int, # batches
                b:int, # batch size
               ) -> float:
-    "Lower bound of the mean in-batch cosine of M batches of B of these vectors, any N - MB dropped."
+    "Lower bound of the mean cosine inside M batches of B of these vectors, any N - MB dropped."
     left = max(0., float(x.double().sum(0).norm()) - (len(x) - m * b))
     return max(left ** 2 / m - m * b, -m * b) / (m * b * (b - 1))
 
@@ -124,7 +124,7 @@ def median_cosine(x, # (N, d) unit vectors
 # %% ../nbs/06_batches.ipynb #3e97f1ea
 def weight_function(kind:str, # 'easy', 'random', 'median' or 'hard'
                     middle:float=0., # median cosine, for 'median'
-                   ):
+                   ): # -> function of a tensor of cosines
     "The weight of a pair in the objective of `kind`, as a function of its cosine."
     return {'hard': lambda c: c, 'easy': lambda c: -c, 'random': torch.zeros_like,
             'median': lambda c: -(c - middle).square()}[kind]
@@ -157,7 +157,7 @@ class Task:
         return value
 
 # %% ../nbs/06_batches.ipynb #3249da1d
-def mine_random(task:Task):
+def mine_random(task:Task) -> tuple:
     "Random batches (M, B), and the dropped vectors (N - MB,)."
     order, kept = task.shuffled(len(task.x)), task.m * task.b
     batches = order[:kept].view(task.m, task.b)
@@ -203,15 +203,17 @@ def swap_members(x, # (N, d) unit vectors
         batches[some.flatten()] = ids.gather(1, _best_swaps(w, steps)).view(-1, b)
 
 # %% ../nbs/06_batches.ipynb #da87fead
-def random_swaps(task:Task, batches, rounds:int):
-    "Rounds of swaps between random pairs of batches, in place."
+def random_swaps(task:Task,
+                 batches, # (M, B), changed in place
+                 rounds:int):
+    "Rounds of swaps between random pairs of batches."
     for k in range(rounds):
         pairs = task.shuffled(task.m)[:task.m // 2 * 2].view(-1, 2)
         swap_members(task.x, batches, pairs, task.weight, task.groups)
         if k % 8 == 7 or k == rounds - 1: task.note('swaps', batch_sums(task.x, batches))
 
 # %% ../nbs/06_batches.ipynb #8904c7e8
-def mine_median(task:Task):
+def mine_median(task:Task) -> tuple:
     "Random batches, improved by random swaps: batches (M, B), and the dropped vectors."
     batches, dropped = mine_random(task)
     random_swaps(task, batches, task.sweeps if task.m > 1 else 0)
@@ -220,7 +222,8 @@ def mine_median(task:Task):
 # %% ../nbs/06_batches.ipynb #6de1bd02
 def group_labels(groups, # (N,) whole numbers, or None
                  n:int, # vectors
-                 device): # where the labels are wanted
+                 device, # where the labels are wanted
+                ) -> torch.Tensor|None:
     "`groups` as (N,) int64 labels 0, 1, ..; None stays None."
     if groups is None: return None
     hint = 'give one whole number for each vector, in the same order, or no groups (--groups)'
@@ -258,7 +261,8 @@ def group_constraints(groups, # (N,) whole numbers, or None
                       n:int, # vectors
                       m:int, # batches
                       device, # where the labels are wanted
-                      stream): # random generator
+                      stream, # random generator
+                     ) -> tuple:
     "Labels for the search, labels for the bound, and how many groups are too large for M batches."
     groups = group_labels(groups, n, device)
     if groups is None: return None, None, 0
@@ -267,12 +271,17 @@ def group_constraints(groups, # (N,) whole numbers, or None
     return spread_groups(groups, m, stream), sure, int(large.sum())
 
 # %% ../nbs/06_batches.ipynb #4ebb1b4e
-def pair_weights(task:Task, a, b) -> torch.Tensor:
-    "(.., n, k) weights of the pairs of vectors a (.., n) and b (.., k)."
+def pair_weights(task:Task,
+                 a, # (.., n) vectors
+                 b, # (.., k) vectors
+                ) -> torch.Tensor:
+    "(.., n, k) weights of the pairs of vectors `a` and `b`."
     if task.weight is torch.zeros_like: return task.x.new_zeros(*a.shape, b.shape[-1]) # random
     return task.weight(task.x[a] @ task.x[b].transpose(-1, -2))
 
-def contributions(task:Task, batches) -> torch.Tensor:
+def contributions(task:Task,
+                  batches, # (M, B)
+                 ) -> torch.Tensor:
     "(M, B) total weight of every member's pairs in its batch."
     def one(some):
         w = pair_weights(task, some, some)
@@ -288,8 +297,9 @@ def _repeats(groups, batches):
     again[:, 1:] = g[:, 1:] == g[:, :-1]
     return torch.zeros_like(again).scatter_(1, place, again)
 
-def separate(task:Task, batches):
-    "Swap members until no two of a group share a batch, in place, at little cost."
+def separate(task:Task,
+             batches): # (M, B), changed in place
+    "Swap members until no two of a group share a batch, at little cost."
     while len(left := _repeats(task.groups, batches).nonzero()):
         for a, slot in left.tolist(): _swap_out(task, batches, a, slot)
 

@@ -24,7 +24,7 @@ from .core import KINDS, CmlfError, one_of, rng
 _all_ = ['near_duplicates', 'largest_group', 'unit_vectors']
 
 # %% ../nbs/07_mining.ipynb #a5a2d805
-def mine_hard(task:Task):
+def mine_hard(task:Task) -> tuple:
     "Tree, annealing, local search: batches (M, B), and the dropped vectors (N - MB,)."
     order = task.shuffled(len(task.x))
     kept = task.m * task.b
@@ -36,8 +36,10 @@ def mine_hard(task:Task):
     return batches, dropped
 
 # %% ../nbs/07_mining.ipynb #c0c2bf34
-def mine_easy(task:Task, most:int=1600):
-    "Slots assigned `task.sweeps` times, `most` batches together; random swaps: batches, dropped."
+def mine_easy(task:Task,
+              most:int=1600, # batches per assignment, which takes memory of their square
+             ) -> tuple:
+    "Slot assignment `task.sweeps` times, random swaps: batches (M, B), and the dropped vectors."
     order, m, b = task.shuffled(len(task.x)), task.m, task.b
     strata = bisect(task.x, order[:m * b], m).view(b, m)
     batches, sums = strata.T.contiguous(), task.x.new_zeros(m, task.x.shape[1])

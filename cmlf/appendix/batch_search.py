@@ -99,7 +99,7 @@ def group_penalty(blocks:Blocks, # vectors in blocks
 def _column_sums(a, u):
     "(P, K) sums over the rows of a (P, L, K), weighted by u (P, L)."
     if len(a) > 8: return (u.unsqueeze(1) @ a).squeeze(1) # about ten times as fast
-    return (a.transpose(1, 2) @ u.unsqueeze(2)).squeeze(2) # few blocks: rounds as stored results did
+    return (a.transpose(1, 2) @ u.unsqueeze(2)).squeeze(2) # few: rounds as in stored results
 
 # %% ../../nbs/appendix/batch_search.ipynb #277365af
 def sinkhorn(a, # (P, L, K) exp(score / t), overwritten
@@ -107,7 +107,8 @@ def sinkhorn(a, # (P, L, K) exp(score / t), overwritten
              b, # vectors per batch
              penalty:GroupPenalty|None=None, # of groups, updated on the way
              t:float=1., # temperature
-             rounds:int=10):
+             rounds:int=10,
+            ) -> tuple:
     "Shares q (P, L, K), rows adding up to 1, batches to about `b`; and the (M,) column factors."
     real, v, turned = blocks.real, torch.ones(blocks.m, device=a.device), a.transpose(1, 2)
     if penalty: free, flat = a.flatten(0, 1)[penalty.rows], a.flatten(0, 1)
@@ -141,8 +142,12 @@ class SoftAssignment:
     penalty: GroupPenalty|None = None
 
 # %% ../../nbs/appendix/batch_search.ipynb #09b32ac1
-def init_assignment(x, batches, b, groups=None) -> SoftAssignment:
-    "The assignment of (M, B) `batches`: every vector belongs to its batch alone."
+def init_assignment(x, # (N, d) unit vectors
+                    batches, # (M, B)
+                    b:int, # batch size
+                    groups=None, # (N,) labels
+                   ) -> SoftAssignment:
+    "The assignment of `batches`: every vector belongs to its batch alone."
     m, mean = len(batches), x.mean(0)
     top, share = batches.new_zeros(len(x), 1), x.new_zeros(len(x), 1)
     f = SoftAssignment(x, b, groups, x[batches].sum(1), x.new_zeros(m), top, share, mean, x - mean)
@@ -151,8 +156,9 @@ def init_assignment(x, batches, b, groups=None) -> SoftAssignment:
     return f
 
 # %% ../../nbs/appendix/batch_search.ipynb #c455771e
-def draw_blocks(f:SoftAssignment, order):
-    "Draw new blocks along `order` (M,) and copy shares and group penalties to them."
+def draw_blocks(f:SoftAssignment,
+                order): # (M,) batches in the order of a tree
+    "Draw new blocks along `order` and copy shares and group penalties to them."
     f.blocks = k = make_blocks(f.sums, f.top[:, 0], order)
     top = f.top[k.items].flatten(1)
     at = torch.searchsorted(k.near, top).clamp_max(k.near.shape[1] - 1)
@@ -163,14 +169,16 @@ def draw_blocks(f:SoftAssignment, order):
     old, f.penalty = f.penalty, group_penalty(k, f.groups)
     if old and f.penalty: f.penalty.carry_over(old)
 
-def top_batches(f:SoftAssignment, values, many:int=8):
-    "Each vector's `many` largest of (P, L, K) values, and the batches they belong to: (N, many)."
+def top_batches(f:SoftAssignment,
+                values, # (P, L, K)
+                many:int=8) -> tuple:
+    "Each vector's `many` largest values, and the batches they belong to: (N, many)."
     v, at = values.topk(min(many, values.shape[2]), 2)
     batch = f.blocks.near.unsqueeze(1).expand(-1, v.shape[1], -1).gather(2, at)
     return f.blocks.unblock(v, len(f.x)), f.blocks.unblock(batch, len(f.x))
 
 # %% ../../nbs/appendix/batch_search.ipynb #c8d22455
-def assignment_scores(f:SoftAssignment):
+def assignment_scores(f:SoftAssignment) -> torch.Tensor:
     "(P, L, K) $e_i \\cdot S_m - q_{im} - p_m$, up to a constant per row, which shares ignore."
     near = f.blocks.near
     c = f.sums[near] - f.sums[near].mean(1, keepdim=True) # small numbers round less
@@ -179,8 +187,9 @@ def assignment_scores(f:SoftAssignment):
     p -= f.q
     return p
 
-def anneal_step(f:SoftAssignment, t:float):
-    "New shares, potentials, penalties and sums at temperature `t`."
+def anneal_step(f:SoftAssignment,
+                t:float): # temperature
+    "New shares, potentials, penalties and sums."
     p = assignment_scores(f)
     a = p.sub_(p.amax(2, keepdim=True)).div_(t).exp_()
     f.q, v = sinkhorn(a, f.blocks, f.b, f.penalty, t)
@@ -194,7 +203,8 @@ def deferred_acceptance(score, # (N, k) score of every vector's candidates, best
                         choice, # (N, k) these batches
                         m:int, # batches
                         b:int, # slots in each
-                        groups=None): # (N,) labels, one slot per group and batch
+                        groups=None, # (N,) labels, one slot per group and batch
+                       ) -> tuple:
     "One slot each for all but N - M B vectors: batches (M, B) and the dropped."
     slot, turn = torch.full_like(choice[:, 0], -1), torch.zeros_like(choice[:, 0])
     while len(asks := ((slot < 0) & (turn < choice.shape[1])).nonzero().squeeze(1)):
@@ -223,11 +233,15 @@ def _fill_rest(slot, score, m, b):
 # %% ../../nbs/appendix/batch_search.ipynb #da150bc2
 T_FIRST, T_LAST = .14, .08 # temperatures, in units of the spread of scores
 
-def tree_order(task:Task, sums):
-    "(M,) batches in the order of a tree of their sums (M, d)."
+def tree_order(task:Task,
+               sums, # (M, d) of the batches
+              ) -> torch.Tensor:
+    "(M,) batches in the order of a tree of their sums."
     return bisect(normalize(sums, dim=1), task.shuffled(task.m), 1)
 
-def anneal(task:Task, batches):
+def anneal(task:Task,
+           batches, # (M, B) to start from
+          ) -> tuple:
     "Anneal `batches` in `task.sweeps` steps: batches (M, B) and the dropped."
     f = init_assignment(task.x, batches, task.b, task.groups)
     for k in range(task.sweeps):
@@ -273,7 +287,7 @@ def promising_pairs(x, # (N, d) unit vectors
 # %% ../../nbs/appendix/batch_search.ipynb #949b42a8
 def matchings(pairs, # (Q, 2) most promising first
               m:int, # batches
-              most:int):
+              most:int): # -> generator
     "Up to `most` matchings (q, 2), none using a batch twice, of the most promising pairs left."
     for _ in range(most):
         if not len(pairs): return
@@ -292,8 +306,10 @@ def matchings(pairs, # (Q, 2) most promising first
         pairs = pairs[left]
 
 # %% ../../nbs/appendix/batch_search.ipynb #706c2ccd
-def local_search(task:Task, batches, sweeps:int):
-    "Swap between promising pairs of batches, in place, until a sweep gains next to nothing."
+def local_search(task:Task,
+                 batches, # (M, B), changed in place
+                 sweeps:int): # at most
+    "Swap between promising pairs of batches until a sweep gains next to nothing."
     last = -1.
     for _ in range(sweeps):
         sums = batch_sums(task.x, batches)
@@ -306,7 +322,7 @@ def local_search(task:Task, batches, sweeps:int):
 
 # %% ../../nbs/appendix/batch_search.ipynb #51f64982
 def _greedy_assignment(w):
-    "(G,) a row of `w` (G, G) for each column: rows ask for the best free column, highest values win."
+    "(G,) a row of `w` (G, G) for each column: all ask for the best free one, highest values win."
     row = torch.full_like(w[0], -1, dtype=torch.long)
     rows = cols = torch.arange(len(w), device=w.device)
     while len(rows):
@@ -352,7 +368,12 @@ def _has_group(groups, ids, batches):
     return out
 
 # %% ../../nbs/appendix/batch_search.ipynb #778db729
-def assign_slot(task:Task, batches, sums, some, slot:int, filled):
+def assign_slot(task:Task,
+                batches, # (M, B), changed in place
+                sums, # (M, d) of their filled slots, changed in place
+                some, # (G,) batches to assign to
+                slot:int,
+                filled): # list of slots
     "Assign the members of batches `some` in `slot` anew, given the other `filled` slots."
     ids = batches[some, slot]
     others = [s for s in filled if s != slot]
@@ -380,8 +401,10 @@ def _replacement_gain(task:Task, batches, dropped, now):
     return gain.masked_fill_(same.sum(2, keepdim=True) > same, -torch.inf)
 
 # %% ../../nbs/appendix/batch_search.ipynb #07f0afdc
-def choose_dropped(task:Task, batches, dropped):
-    "Replace members by dropped vectors while that helps, in place."
+def choose_dropped(task:Task,
+                   batches, # (M, B), changed in place
+                   dropped): # (N - MB,), changed in place
+    "Replace members by dropped vectors while that helps."
     if not len(dropped) or task.sweeps < 2: return
     dropped = dropped[:max(1, 5 * 10**7 // batches.numel())] # with few batches, many are dropped
     now = contributions(task, batches)

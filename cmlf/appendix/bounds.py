@@ -103,7 +103,7 @@ def _cosines(x, i, j, few=2**12): # so few at a time stay in the processor's cac
         torch.sum(x.index_select(0, a).mul_(x.index_select(0, c)), 1, out=w)
     return out
 
-def set_active(p:Dual, # whose active set to renew
+def set_active(p:Dual, # its active set is replaced
                key): # (P,) pairs as i N + j; the sides of all triangles are added
     "Compute the cosines of the pairs, and find the sides of every triangle among them."
     n, (j, i, k) = len(p.x), p.triangles
@@ -128,7 +128,8 @@ def first_dual(x, # (N, d) unit vectors
     return Dual(x, m, b, groups, u, *_no_triangles(x))
 
 # %% ../../nbs/appendix/bounds.ipynb #d355de76
-def renew_active(p:Dual, slack:float=.05):
+def renew_active(p:Dual,
+                 slack:float=.05):
     "List all pairs with an excess above -`slack`; no u may fall by more than half of it."
     p.floor = p.u - slack / 2
     set_active(p, close_pairs(p.x, p.u, slack, p.groups))
@@ -139,7 +140,8 @@ def _step_u(p:Dual, share, t):
     step = t * (degree / (p.b - 1)).clamp_(.05, 20).log_()
     p.u = torch.maximum(p.u + (.5 * step if len(p.multiplier) else step), p.floor)
 
-def subgradient_steps(p:Dual, temperatures):
+def subgradient_steps(p:Dual,
+                      temperatures): # one per step, falling
     "Decrease $D$, one step at each temperature, as far as the active set allows."
     mean, square = torch.zeros_like(p.multiplier), torch.zeros_like(p.multiplier)
     for t in temperatures:
@@ -176,7 +178,7 @@ def _share_of(key, share, wanted):
     return share[at] * (key[at] == wanted)
 
 def _most_violated(hub, row, i, k, violation, least, per):
-    "Triangles (3, T) of `hub[row]`, i, k with `violation` above `least`, the top `per` of each hub."
+    "(3, T) `hub[row]`, i, k where `violation` is above `least`, the top `per` of each hub."
     order = (violation > least).nonzero().squeeze(1)
     order = order[violation[order].argsort(descending=True)]
     order = order[row[order].argsort(stable=True)]
@@ -204,8 +206,9 @@ def violated_triangles(p:Dual, # with its active set
     return torch.cat(found, 1)
 
 # %% ../../nbs/appendix/bounds.ipynb #bbd140b5
-def add_triangles(p:Dual, new):
-    "Remove triangles with multiplier 0, add the (3, T) `new` ones and their sides."
+def add_triangles(p:Dual,
+                  new): # (3, T) triangles
+    "Remove triangles with multiplier 0, add the `new` ones and their sides."
     held = p.multiplier > 0
     p.triangles, p.multiplier = p.triangles[:, held], p.multiplier[held]
     code = lambda c: c[0].long() * len(p.x)**2 + _pair(len(p.x), c[1], c[2])
@@ -258,7 +261,12 @@ def hard_bound(x, # (N, d) unit vectors
     return lowest
 
 # %% ../../nbs/appendix/bounds.ipynb #1e06d3ba
-def dual_from_neighbours(x, m:int, b:int, groups=None, leaves=None) -> Dual:
+def dual_from_neighbours(x, # (N, d) unit vectors
+                         m:int, # batches
+                         b:int, # batch size
+                         groups=None, # (N,) labels
+                         leaves=None, # (R, L) sets of near vectors, all covered
+                        ) -> Dual:
     "Dual variables from everyone's approximate 2B nearest, without a pass over all pairs."
     n, k = len(x), min(len(x) - 1, 2 * b)
     w, at = neighbours(x, k, leaves, per=8, width=256)

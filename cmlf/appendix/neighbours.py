@@ -78,7 +78,8 @@ def neighbours(x, # (N, d) unit vectors
                k:int, # how many, below N
                leaves=None, # (R, L) sets of near vectors, all covered, repeats last; None: a tree's
                per:int=32, # leaves compared together
-               width:int=128): # leaves they are compared with
+               width:int=128, # leaves they are compared with
+              ) -> tuple:
     "Approximate k nearest of every vector: cosines (N, k), descending, and indices (N, k)."
     if leaves is None: leaves = _leaves(x, min(32, len(x)))
     again = torch.arange(leaves.numel(), device=x.device).view(leaves.shape) >= len(x)
