@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .core import CmlfError, content_hash, device, log, one_of, rng
+from .data import draw_captions
 from .loss import check_losses, max_margin
 from .metrics import retrieval_from_similarity
 from .training import Checkpoint
@@ -263,11 +264,6 @@ class _Split:
         owner, first = np.unique(self.owner, return_index=True)
         return _Split(self.ids[first], owner, self.experts, self.clips)
 
-    def draw(self, stream) -> np.ndarray:
-        "One caption (N,) for every clip: the first of its captions in a random order of all."
-        order = stream.permutation(len(self.owner))
-        return order[np.unique(self.owner[order], return_index=True)[1]]
-
     def audio(self, clips, dev) -> dict:
         "The experts of some clips, on the device."
         some = lambda x, kind: torch.as_tensor(np.asarray(x[clips], kind)).to(dev)
@@ -365,7 +361,7 @@ def epoch(self:_Run, split, words):
     number, dev = len(self.history), next(self.model.parameters()).device
     for group in self.opt.inner.param_groups: group['lr'] = self.s.lr * self.s.gamma ** number
     stream, table = rng(self.seed, 'ce', number), words.table.to(dev)
-    captions = stream.permutation(split.draw(stream))
+    captions = stream.permutation(draw_captions(split.owner, split.clips, stream))
     losses, sizes = [], []
     for at in range(0, len(captions), self.s.batch_size):
         batch = captions[at:at + self.s.batch_size]

@@ -182,13 +182,14 @@ def groups(self:Corpus, by:str='meaning') -> np.ndarray: # 'meaning' or 'caption
     return np.array([rank[i] for i in first], np.int64)
 
 # %% ../nbs/03_data.ipynb #58a10009
-def draw_captions(owner, # (T,) the clip of each caption, in the order of the clips
+def draw_captions(owner, # (T,) the clip of each caption, in any order
                   n_clips:int, # N
                   generator, # numpy Generator
                  ) -> np.ndarray:
-    "(N,) the index of one caption per clip, drawn evenly among the clip's captions."
-    counts = np.bincount(owner, minlength=n_clips)
-    return np.cumsum(counts) - counts + generator.integers(0, counts)
+    "The index of one caption per clip, drawn evenly among its captions; clips without are left out."
+    order, counts = np.argsort(owner, kind='stable'), np.bincount(owner, minlength=n_clips)
+    first, some = np.cumsum(counts) - counts, counts > 0
+    return order[first[some] + generator.integers(0, counts[some])]
 
 # %% ../nbs/03_data.ipynb #32232ce1
 @patch(as_prop=True)

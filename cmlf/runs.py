@@ -83,11 +83,11 @@ def contents(settings:dict) -> dict:
 
 # %% ../nbs/13_runs.ipynb #18caac77
 RUN_VERSION = dict(core=1, features=2, data=2, soundscapes=1, batches=1, mining=3, encoders=2,
-                   loss=1, metrics=2, training=2, baselines=2, reproduce=1)
+                   loss=1, metrics=2, training=2, baselines=3, reproduce=1)
 
 _ALWAYS = 'core', 'features', 'data', 'soundscapes', 'reproduce'
-_MODULES = dict(tagger=('encoders', 'loss', 'training'), experts=('baselines', 'loss'),
-                ce=('baselines', 'loss', 'metrics', 'encoders'))
+_MODULES = dict(tagger=('encoders', 'loss', 'training'), experts=('baselines', 'loss', 'training'),
+                ce=('baselines', 'loss', 'metrics', 'encoders', 'training'))
 _DUAL = 'batches', 'encoders', 'loss', 'metrics', 'training'
 
 def modules(spec:RunSpec) -> tuple:
