@@ -77,8 +77,8 @@ def test_class_names_as_captions_train(tmp_path):
     rows = [(f'{i:02}.wav', ['dog', 'rain', 'bell', 'wind'][i % 4], 'train' if i < 48 else 'val' if i < 56 else 'test') for i in range(64)]
     done = cmlf('train', '--data', tones(tmp_path/'own', rows), *SMALL, '--out', tmp_path/'run', '--json')
     assert done.returncode == 0, done.stderr
-    said = [l for l in done.stderr.splitlines() if 'spread as far as they go' in l]
-    assert len(said) == 2 and '4 groups' in said[0]   # the baseline's run and the mined one
+    logged = [l for l in done.stderr.splitlines() if 'spread as evenly as possible' in l]
+    assert len(logged) == 2 and '4 groups' in logged[0]   # the baseline's run and the mined one
 
 # --- a finished run needs nothing but its folder
 
