@@ -58,7 +58,7 @@ def test_a_module_defines_a_name_once():
     "Methods that `@patch` adds to several classes may share one."
     for path in (ROOT/'cmlf').rglob('*.py'):
         defined = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
-        names = [n.name for n in defined if 'patch' not in {getattr(d, 'id', '') for d in n.decorator_list}]
+        names = [n.name for n in defined if 'patch' not in {getattr(getattr(d, 'func', d), 'id', '') for d in n.decorator_list}]
         assert sorted(names) == sorted(set(names)), path.name
 
 def test_extras_are_imported_late():
