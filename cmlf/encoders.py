@@ -22,7 +22,7 @@ from .appendix.checkpoints import (
 from .appendix.dropout import dropout, swap_dropout
 from .config import Profile
 from .core import CmlfError, atomic_path, file_hash, one_of, write_json
-from .features import N_MELS, LogMel
+from .features import N_MELS
 
 with warnings.catch_warnings():
     warnings.filterwarnings('ignore', 'IProgress not found')  # in a notebook without widgets

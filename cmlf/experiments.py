@@ -8,7 +8,6 @@ __all__ = ['COMPOSED', 'METRICS', 'MORE', 'EXPERT_TOKENS', 'Experiment', 'scores
 
 # %% ../nbs/14_experiments.ipynb #c4b12658
 import os, time
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np

@@ -14,11 +14,12 @@ _KEYS = ('READS reads run_profile run_config contents not_default modules _key k
 PARTS = {   # a version -> its modules; of some modules only the definitions of these names
     'core': {'core': None, 'config': None},
     'features': {'features': None},
-    'data': {'data': None, 'layouts': None, 'appendix/corpus_tables': None, 'appendix/probes': None},
-    'soundscapes': {'soundscapes': None, 'appendix/synthesis': None, 'appendix/recordings': None},
+    'data': {'data': None, 'layouts': None, 'appendix/corpus_tables': None, 'appendix/entries': None, 'appendix/probes': None},
+    'soundscapes': {'soundscapes': None, 'events.toml': None, 'appendix/synthesis': None, 'appendix/recordings': None},
     'batches': {'batches': None},
     'mining': {'mining': None, 'appendix/neighbours': None, 'appendix/batch_search': None, 'appendix/bounds': None},
-    'encoders': {'encoders': None}, 'loss': {'loss': None}, 'metrics': {'metrics': None}, 'training': {'training': None},
+    'encoders': {'encoders': None, 'appendix/bert': None, 'appendix/checkpoints': None, 'appendix/dropout': None},
+    'loss': {'loss': None}, 'metrics': {'metrics': None}, 'training': {'training': None},
     'baselines': {'baselines': None, 'appendix/experts': None},
     'reproduce': {'experiments': None, 'runs': _KEYS}}
 
@@ -41,8 +42,13 @@ def hash_of(source:str, only=None) -> str:
     nodes = [n for n in nodes if '__all__' not in _names(n)]
     return hashlib.sha256('\n'.join(map(ast.unparse, nodes)).encode()).hexdigest()[:16]
 
+def _hash_of_module(name, only): # a module, or a data file
+    path = ROOT/'cmlf'/(name if '.' in name else f'{name}.py')
+    text = path.read_text(encoding='utf-8')
+    return hash_of(text, only) if path.suffix == '.py' else hashlib.sha256(text.encode()).hexdigest()
+
 def code_hash(name:str) -> str:
-    hashes = [hash_of((ROOT/'cmlf'/f'{m}.py').read_text(encoding='utf-8'), only) for m, only in PARTS[name].items()]
+    hashes = [_hash_of_module(m, only) for m, only in PARTS[name].items()]
     return hashlib.sha256(' '.join(hashes).encode()).hexdigest()[:16]
 
 def read() -> dict: return json.loads(FILE.read_text(encoding='utf-8'))

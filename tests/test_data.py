@@ -118,7 +118,7 @@ def test_aac_audiocaps(tmp_path):
 
 
 def test_aac_clotho(tmp_path):
-    root = clotho(tmp_path/'CLOTHO_v2.1'/'clotho_csv_files', tmp_path/'CLOTHO_v2.1'/'clotho_audio_files', '{}')
+    clotho(tmp_path/'CLOTHO_v2.1'/'clotho_csv_files', tmp_path/'CLOTHO_v2.1'/'clotho_audio_files', '{}')
     write(tmp_path/'CLOTHO_v2.1'/'clotho_csv_files'/'retrieval_captions.csv', 'caption\nRain\n')
     tone(tmp_path/'CLOTHO_v2.1'/'clotho_audio_files'/'test'/'Door.wav', hz=999)
     tone(tmp_path/'CLOTHO_v2.1'/'clotho_audio_files'/'test_retrieval_audio'/'Door.wav', hz=999)

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from cmlf import config
-from cmlf.config import GROUPS, PATH_SETTINGS, SETTINGS, get_profile, pick, resolve_paths
+from cmlf.config import GROUPS, SETTINGS, get_profile, pick, resolve_paths
 from cmlf.experiments import Experiment
 from cmlf.runs import RUN_VERSION, RunSpec, run_config
 
@@ -27,7 +27,7 @@ def test_every_module_that_results_depend_on_has_a_version():
     "Tables, the report and the command only show results."
     modules = {p.relative_to(pinned.ROOT/'cmlf').with_suffix('').as_posix() for p in (pinned.ROOT/'cmlf').rglob('*.py')}
     shown = {'tables', 'report', 'cli', 'appendix/figures', 'appendix/page', '__init__', '_modidx', 'appendix/__init__'}
-    assert modules - shown == {m for parts in pinned.PARTS.values() for m in parts}
+    assert modules - shown == {m for parts in pinned.PARTS.values() for m in parts if '.' not in m}
 
 def test_comments_and_docstrings_do_not_count():
     a = 'def f(x, # one\n      ):\n    "A sentence."\n    return x + 1\n'

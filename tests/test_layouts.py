@@ -236,7 +236,7 @@ def test_copying_goes_by_row_groups(tmp_path):
     file = hub(tmp_path/'train-0.parquet', 4, audio=[(noise.bytes(500_000), f'{i}.wav') for i in range(80)], caption=['x'] * 80)
     del noise
     before, most = pa.total_allocated_bytes(), 0
-    for sound in probes._sounds_in(file): most = max(most, pa.total_allocated_bytes() - before)
+    for _ in probes._sounds_in(file): most = max(most, pa.total_allocated_bytes() - before)
     assert most < 12e6  # six times a group of 2 MB, of 40 MB in all
 
 

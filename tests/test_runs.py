@@ -14,7 +14,7 @@ from cmlf.encoders import ResNet38
 from cmlf.experiments import evaluate_on
 from cmlf.report import report_folder
 from cmlf.runs import Run
-from test_reproduce import assert_refused, cmlf
+from command import cmlf
 
 SMALL = ['--set', 'width=4', '--set', 'text_model=tiny', '--set', 'epochs=3', '--set', 'seconds=1', '--set', 'batch_size=8',
          '--set', 'head_hidden=16', '--set', 'joint_dim=16']

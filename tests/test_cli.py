@@ -16,7 +16,7 @@ from command import assert_refused, cmlf
     (['reproduce', '--seeds', '0'], ['seeds']),
     (['reproduce', '--jobs', '-1'], ['jobs=-1']),
     (['mine', '/no/such.npy'], ['/no/such.npy', 'numpy.save']),
-    (['mine', __file__], ['test_reproduce.py', 'holds no array']),
+    (['mine', __file__], ['test_cli.py', 'holds no array']),
     (['reproduce', '--profile', 'field', '--events', '/no/such/folder'], ['/no/such/folder']),
     (['reproduce', '--profile', 'audiocaps'], ['--data']),
     (['reproduse'], ['reproduse']),
