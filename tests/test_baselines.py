@@ -174,7 +174,7 @@ def spoil(what):
     return corpus, e
 
 @pytest.mark.parametrize('what, says', [('shape', r'val: expert audio: features \(5, 3, 4\)'), ('nan', 'val: expert audio has NaN for clip 3'),
-                                        ('nobody', 'val: no expert has features for clip 4'), ('width', "val: experts {'audio': 2"),
+                                        ('nobody', 'val: no expert has features for clip 4'), ('width', "val: widths of experts are {'audio': 2"),
                                         ('split', "unknown split of the experts 'test'"), ('caption', 'train: clip 5 has no caption')])
 def test_what_cannot_be_trained_on_is_named(what, says):
     with pytest.raises(CmlfError, match=says): train(*spoil(what))
