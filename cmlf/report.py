@@ -144,8 +144,8 @@ def show_table(self:Report) -> pd.DataFrame:
     return pretty(self.frame, self.number)
 
 # %% ../nbs/16_report.ipynb #8d179572
-_CLAIMS_NOTE = ('Differences in mean recall (R@1, R@5, R@10, both directions), in points, with 95 % '
-                'intervals over test clips and p-values of paired sign-flip tests, corrected for '
+_CLAIMS_NOTE = ('Differences in mean recall (R@1, R@5, R@10, both directions), in points, with '
+                '95 % intervals over test clips and p-values of paired sign-flip tests, corrected for '
                 'being several (Holm).')
 
 @patch
