@@ -449,7 +449,7 @@ nothing = good.clone(); nothing[9] = 0
     (good[0], {}, 'shape'),
     (good[None], {}, 'shape'),
     (good[:, :0], {}, 'shape'),
-    ([['a', 'b']], {}, 'not a table of numbers'),
+    ([['a', 'b']], {}, 'should be an (N, d) array of numbers'),
     (None, {}, 'vectors'),
     (good, dict(kind='hrad'), "did you mean 'hard'"),
     (good, dict(kind=None), 'unknown kind'),
