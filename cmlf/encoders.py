@@ -30,7 +30,7 @@ with warnings.catch_warnings():
 
 # %% ../nbs/08_encoders.ipynb #649bf60c
 def _conv(n_in, n_out, size=3):
-    "PANNs' convolution: no bias, same size out as in, Xavier-uniform weights."
+    "PANNs' convolution: no bias, output of the same size, Xavier-uniform weights."
     conv = nn.Conv2d(n_in, n_out, size, padding=size // 2, bias=False)
     nn.init.xavier_uniform_(conv.weight)
     return conv
@@ -56,7 +56,7 @@ class ResidualBlock(nn.Module):
     "PANNs' basic block; with `n_in` != `n_out` channels it also halves frames and bands."
     def __init__(self, n_in:int, # channels in
                  n_out:int, # channels out
-                 dropout:float=0.2): # between its convolutions; the baseline's, PANNs has 0.1
+                 dropout:float=0.2): # between its convolutions: 0.2 in the baseline, 0.1 in PANNs
         super().__init__()
         self.conv1, self.bn1 = _conv(n_in, n_out), nn.BatchNorm2d(n_out)
         self.conv2, self.bn2 = _conv(n_out, n_out), nn.BatchNorm2d(n_out)
@@ -95,7 +95,7 @@ def spec_augment(x:torch.Tensor, # (B, T, M) normalised log-mel
 
 # %% ../nbs/08_encoders.ipynb #0d428f91
 def _check_image(x):
-    "Refuse what five poolings by 2 leave nothing of, and what is no log-mel."
+    "Refuse input that is not a log-mel, or too short for five poolings by 2."
     if x.ndim != 3 or x.shape[2] != N_MELS:
         raise CmlfError(f'log-mel of shape {tuple(x.shape)}: should be (clips, frames, {N_MELS})')
     if x.shape[1] < 32:
@@ -141,7 +141,7 @@ class ResNet38(nn.Module):
 @patch
 def load_panns(self:ResNet38, path, # a PANNs file (.pth), or its .safetensors copy
               ) -> ResNet38:
-    "Take the weights of a PANNs ResNet38 file; `CmlfError` says what does not fit."
+    "Load the weights of a PANNs ResNet38 file; a `CmlfError` says what does not fit."
     self.load_state_dict(panns_weights(path, self.state_dict()))
     return self
 
@@ -268,7 +268,7 @@ class DualEncoder(nn.Module):
 def train_only(self:DualEncoder, which:str='both', # 'audio', 'text' or 'both'
                freeze_head:bool=False, # whether the other side's head is frozen as well
               ) -> DualEncoder:
-    "Training mode in which the other encoder gets no gradients and stays in eval mode (II-E)."
+    "Set training mode, but freeze the other encoder: no gradients, eval mode (II-E)."
     others = dict(audio='text', text='audio', both='')
     other = others[one_of(which, others, 'side to train')]
     self.frozen = (other, f'{other}_head')[:1 + freeze_head] if other else ()
@@ -280,7 +280,7 @@ def train_only(self:DualEncoder, which:str='both', # 'audio', 'text' or 'both'
 # %% ../nbs/08_encoders.ipynb #1a65ed16
 @patch
 def train(self:DualEncoder, mode:bool=True) -> DualEncoder:
-    "As any module's, but what `train_only` froze stays in eval mode."
+    "As in any module, but the parts that `train_only` froze stay in eval mode."
     nn.Module.train(self, mode)
     for name in self.frozen: getattr(self, name).eval()
     return self
@@ -290,7 +290,7 @@ _TEXT_SETTINGS = dict(pool=str, dropout=float|int|None, train_word_table=bool)
 
 @patch
 def save(self:TextEncoder, folder) -> None:
-    "Everything but the weights: config, tokenizer and settings, from which `load` builds it."
+    "Save config, tokenizer and settings to `folder`, but not the weights."
     folder, version = Path(folder), transformers.__version__
     folder.mkdir(parents=True, exist_ok=True)
     ids = probe(self.tokenizer)['input_ids']
@@ -306,7 +306,7 @@ def save(self:TextEncoder, folder) -> None:
 # %% ../nbs/08_encoders.ipynb #697023bd
 @patch(cls_method=True)
 def load(cls:TextEncoder, folder) -> TextEncoder:
-    "The encoder that `save` described in `folder`, with random weights."
+    "The encoder that was saved in `folder`, with random weights."
     folder = Path(folder)
     found = read_settings(folder/'text.json', **_TEXT_SETTINGS,
                           transformers=str, probe=list, files=dict)
