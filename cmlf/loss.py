@@ -16,7 +16,7 @@ from torch.nn import functional as nnf
 from .core import CmlfError, one_of
 
 # %% ../nbs/09_loss.ipynb #fb525abb
-def _wide(x): return x if x.dtype == torch.float64 else x.float()
+def _at_least_float32(x): return x if x.dtype == torch.float64 else x.float()
 
 def cosines(audio, # (B, d) embeddings x
             text, # (B, d) embeddings y
@@ -27,10 +27,10 @@ def cosines(audio, # (B, d) embeddings x
                         'should both be (B, d)')
     if len(audio) < 2: raise CmlfError('a batch of 1 pair has no negatives: give at least 2')
     with torch.autocast(audio.device.type, enabled=False):
-        return nnf.normalize(_wide(audio), dim=1) @ nnf.normalize(_wide(text), dim=1).T
+        return nnf.normalize(_at_least_float32(audio), dim=1) @ nnf.normalize(_at_least_float32(text), dim=1).T
 
 # %% ../nbs/09_loss.ipynb #70ecbf13
-def _both_ways(logits):
+def _both_directions(logits):
     "Cross-entropy of the diagonal along rows plus along columns."
     truth = torch.arange(len(logits), device=logits.device)
     return nnf.cross_entropy(logits, truth) + nnf.cross_entropy(logits.T, truth)
@@ -44,12 +44,12 @@ def nt_xent(audio, # (B, d) embeddings of the clips
             text, # (B, d) embeddings of their captions
             tau:float=0.07, # temperature
            ) -> torch.Tensor:
-    "Eq. 4: the two directions' cross-entropies, added. A scalar."
-    return _both_ways(cosines(audio, text) / _temperature(tau))
+    "Eq. 4: the cross-entropies of the two directions, added. A scalar."
+    return _both_directions(cosines(audio, text) / _temperature(tau))
 
 # %% ../nbs/09_loss.ipynb #178ac1c3
 def _hardest(logits, k):
-    "`logits` with all but the diagonal and each row's `k` highest others at minus infinity."
+    "`logits`, minus infinity except on the diagonal and at the `k` highest others of each row."
     positive = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     negatives = logits.detach().masked_fill(positive, -torch.inf)
     kept = negatives.topk(min(k, len(logits) - 1), dim=1).indices
@@ -114,7 +114,7 @@ def max_margin(sim, # (B, B) similarities, the pairs on the diagonal
     "Bidirectional max-margin loss of MoEE and CE, mean over off-diagonal terms. A scalar."
     if sim.ndim != 2 or sim.shape[0] != sim.shape[1] or len(sim) < 2:
         raise CmlfError(f'similarities of shape {tuple(sim.shape)}: should be (B, B), B at least 2')
-    h, g = _hinges(_wide(sim), margin)
+    h, g = _hinges(_at_least_float32(sim), margin)
     return (h + g).sum() / (2 * len(sim) * (len(sim) - 1))
 
 # %% ../nbs/09_loss.ipynb #4de58a4e
@@ -122,7 +122,7 @@ _ALL = nt_xent, nt_xent_hardest, triplet_max, triplet_sum, triplet_weighted
 LOSSES = {f.__name__: f for f in _ALL}
 
 def get_loss(name:str, # one of `LOSSES`
-             **settings, # `tau`, `k`, `margin`: those the loss has are set, the others ignored
+             **settings, # `tau`, `k`, `margin`; those that the loss does not have are ignored
             ) -> partial:
     "The loss of that name as a function of (audio, text)."
     loss = LOSSES[one_of(name, LOSSES, 'loss')]
@@ -135,7 +135,7 @@ def check_losses(losses, # of the steps of an epoch: numbers or scalars, on any 
                  where:str, # stage and epoch
                  fix:str, # what to change
                 ) -> None:
-    "Refuse an epoch in which a loss is not a number; the first such step is named."
+    "Raise an error at the first step whose loss is NaN or infinite."
     values = torch.stack([torch.as_tensor(l) for l in losses]).float()
     bad = (~values.isfinite()).nonzero()
     if len(bad):
