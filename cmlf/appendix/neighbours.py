@@ -36,7 +36,7 @@ def bisect(x, # (N, d) vectors
            order, # (P * size,) indices in any order
            size:int, # members of a leaf
           ) -> torch.Tensor:
-    "`order` rearranged: each run of `size` indices is a leaf, and leaves nearby hold near vectors."
+    "`order` rearranged: each run of `size` indices is a leaf; neighbouring leaves have near vectors."
     x, order, parts = pca_projection(x), order.clone(), [(0, len(order) // size)]
     while max(k for _, k in parts) > 1:
         for k in {k for _, k in parts if k > 1}:
@@ -51,7 +51,7 @@ def bisect(x, # (N, d) vectors
 
 # %% ../../nbs/appendix/neighbours.ipynb #6fff0376
 def nearest_rows(c, # (M, d) unit vectors
-                 order, # (M,) indices of them
+                 order, # (M,) indices of rows of `c`
                  first, # P starts of ranges of `order`
                  last, # P ends, included
                  k:int) -> torch.Tensor:
@@ -65,32 +65,32 @@ def _leaves(x, size):
     order = bisect(x, torch.arange(len(x), device=x.device), 1)
     return torch.cat([order, order[:-len(x) % size]]).view(-1, size)
 
-def _near(x, leaves, again, c, f, l, k, width):
-    "The vectors of leaves f to l - 1, and the k nearest of each in the `width` leaves around them."
+def _near(x, leaves, repeated, c, f, l, k, width):
+    "Vectors of leaves f to l - 1, and the k nearest of each in the `width` leaves around them."
     at = nearest_rows(c, torch.arange(len(leaves)), [f], [l - 1], width)[0]
     rows, near = leaves[f:l].flatten(), leaves[at].flatten()
-    w = (x[rows] @ x[near].T).masked_fill_((rows[:, None] == near) | again[at].flatten(), -2.)
+    w = (x[rows] @ x[near].T).masked_fill_((rows[:, None] == near) | repeated[at].flatten(), -2.)
     best = w.topk(k)
     return rows, best.values, near[best.indices]
 
 # %% ../../nbs/appendix/neighbours.ipynb #1652326d
 def neighbours(x, # (N, d) unit vectors
                k:int, # how many, below N
-               leaves=None, # (R, L) sets of near vectors, all covered, repeats last; None: a tree's
+               leaves=None, # (R, L) sets of near vectors, repeats last; None: leaves of a tree
                per:int=32, # leaves compared together
                width:int=128, # leaves they are compared with
               ) -> tuple:
     "Approximate k nearest of every vector: cosines (N, k), descending, and indices (N, k)."
     if leaves is None: leaves = _leaves(x, min(32, len(x)))
-    again = torch.arange(leaves.numel(), device=x.device).view(leaves.shape) >= len(x)
+    repeated = torch.arange(leaves.numel(), device=x.device).view(leaves.shape) >= len(x)
     sums = batch_sums(x, leaves)
     order = bisect(sums, torch.arange(len(leaves), device=x.device), 1)
-    leaves, again, c = leaves[order], again[order], normalize(sums[order], dim=1)
+    leaves, repeated, c = leaves[order], repeated[order], normalize(sums[order], dim=1)
     width = min(max(width, k // leaves.shape[1] + 2), len(leaves))
     cosine, index = x.new_empty(len(x), k), leaves.new_empty(len(x), k)
     with Progress(len(leaves), 'neighbours') as bar:
         for f in range(0, len(leaves), per):
             l = min(f + per, len(leaves))
-            rows, cosine[rows], index[rows] = _near(x, leaves, again, c, f, l, k, width)
+            rows, cosine[rows], index[rows] = _near(x, leaves, repeated, c, f, l, k, width)
             bar.step(l - f)
     return cosine, index
