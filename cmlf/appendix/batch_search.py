@@ -58,11 +58,11 @@ def make_blocks(sums, # (M, d) sum of every batch
 # %% ../../nbs/appendix/batch_search.ipynb #d1af8af1
 @dataclass
 class GroupPenalty:
-    "What members of one group in one block pay in each batch."
-    rows: torch.Tensor   # (R,) places in the flattened blocks
-    subset: torch.Tensor # (R,) which group in which block, 0 .. C - 1
-    block: torch.Tensor  # (R,) which block
-    key: torch.Tensor    # (C, K) a number for the group and the batch
+    "Penalty on the scores of the members of one group in one block, for each batch."
+    rows: torch.Tensor   # (R,) position of each member in the flattened blocks
+    subset: torch.Tensor # (R,) its group in its block, numbered 0 .. C - 1
+    block: torch.Tensor  # (R,) its block
+    key: torch.Tensor    # (C, K) one number for group and batch
     cost: torch.Tensor   # (C, K)
 
     def update(self, q, t:float):
@@ -71,7 +71,7 @@ class GroupPenalty:
         self.cost = (self.cost + t * load.clamp_min(1e-6).log()).clamp_min(0)
 
     def carry_over(self, old):
-        "Start with the costs of the same groups in the same batches."
+        "Copy the costs of the same groups in the same batches from `old`."
         known, order = old.key.flatten().sort()
         at = torch.searchsorted(known, self.key).clamp_max(len(known) - 1)
         self.cost = old.cost.flatten()[order[at]] * (known[at] == self.key)
@@ -80,7 +80,7 @@ class GroupPenalty:
 def group_penalty(blocks:Blocks, # vectors in blocks
                   groups, # (N,) labels, or None
                  ) -> GroupPenalty|None:
-    "Penalties of all groups, at zero; None if no two vectors of a group share a block."
+    "Penalties of all groups, zero at first; None if no two vectors of a group share a block."
     if groups is None: return None
     block = torch.arange(len(blocks.items), device=groups.device)
     block = block.repeat_interleave(blocks.items.shape[1])
@@ -99,20 +99,20 @@ def group_penalty(blocks:Blocks, # vectors in blocks
 def _column_sums(a, u):
     "(P, K) sums over the rows of a (P, L, K), weighted by u (P, L)."
     if len(a) > 8: return (u.unsqueeze(1) @ a).squeeze(1) # about ten times as fast
-    return (a.transpose(1, 2) @ u.unsqueeze(2)).squeeze(2) # few: rounds as in stored results
+    return (a.transpose(1, 2) @ u.unsqueeze(2)).squeeze(2) # the rounding of stored results
 
 # %% ../../nbs/appendix/batch_search.ipynb #277365af
 def sinkhorn(a, # (P, L, K) exp(score / t), overwritten
              blocks:Blocks,
              b, # vectors per batch
-             penalty:GroupPenalty|None=None, # of groups, updated on the way
+             penalty:GroupPenalty|None=None, # of groups, updated in each round
              t:float=1., # temperature
              rounds:int=10,
             ) -> tuple:
     "Shares q (P, L, K), rows adding up to 1, batches to about `b`; and the (M,) column factors."
-    real, v, turned = blocks.real, torch.ones(blocks.m, device=a.device), a.transpose(1, 2)
+    real, v, transposed = blocks.real, torch.ones(blocks.m, device=a.device), a.transpose(1, 2)
     if penalty: free, flat = a.flatten(0, 1)[penalty.rows], a.flatten(0, 1)
-    rows = lambda: real / _column_sums(turned, v[blocks.near]).clamp_min(1e-30).unsqueeze(2)
+    rows = lambda: real / _column_sums(transposed, v[blocks.near]).clamp_min(1e-30).unsqueeze(2)
     for _ in range(rounds):
         if penalty: flat[penalty.rows] = free * (-penalty.cost / t).exp()[penalty.subset]
         u = rows()
@@ -158,7 +158,7 @@ def init_assignment(x, # (N, d) unit vectors
 # %% ../../nbs/appendix/batch_search.ipynb #c455771e
 def draw_blocks(f:SoftAssignment,
                 order): # (M,) batches in the order of a tree
-    "Draw new blocks along `order` and copy shares and group penalties to them."
+    "Make new blocks along `order` and copy shares and group penalties to them."
     f.blocks = k = make_blocks(f.sums, f.top[:, 0], order)
     top = f.top[k.items].flatten(1)
     at = torch.searchsorted(k.near, top).clamp_max(k.near.shape[1] - 1)
@@ -181,7 +181,7 @@ def top_batches(f:SoftAssignment,
 def assignment_scores(f:SoftAssignment) -> torch.Tensor:
     "(P, L, K) $e_i \\cdot S_m - q_{im} - p_m$, up to a constant per row, which shares ignore."
     near = f.blocks.near
-    c = f.sums[near] - f.sums[near].mean(1, keepdim=True) # small numbers round less
+    c = f.sums[near] - f.sums[near].mean(1, keepdim=True) # small numbers, less rounding
     p = f.v @ c.transpose(1, 2)
     p += (c @ f.mean - f.potential[near]).unsqueeze(1)
     p -= f.q
@@ -194,9 +194,9 @@ def anneal_step(f:SoftAssignment,
     a = p.sub_(p.amax(2, keepdim=True)).div_(t).exp_()
     f.q, v = sinkhorn(a, f.blocks, f.b, f.penalty, t)
     f.potential -= t * v.log()
-    turned = f.q.transpose(1, 2)
-    full = f.blocks.per_batch(turned @ f.blocks.real).clamp_min(1)
-    f.sums = f.blocks.per_batch(turned @ f.v) * (f.b / full) + f.b * f.mean
+    transposed = f.q.transpose(1, 2)
+    full = f.blocks.per_batch(transposed @ f.blocks.real).clamp_min(1)
+    f.sums = f.blocks.per_batch(transposed @ f.v) * (f.b / full) + f.b * f.mean
 
 # %% ../../nbs/appendix/batch_search.ipynb #870b3ef7
 def deferred_acceptance(score, # (N, k) score of every vector's candidates, best first
@@ -205,11 +205,11 @@ def deferred_acceptance(score, # (N, k) score of every vector's candidates, best
                         b:int, # slots in each
                         groups=None, # (N,) labels, one slot per group and batch
                        ) -> tuple:
-    "One slot each for all but N - M B vectors: batches (M, B) and the dropped."
+    "One slot for each of M B vectors: batches (M, B), and the dropped vectors."
     slot, turn = torch.full_like(choice[:, 0], -1), torch.zeros_like(choice[:, 0])
-    while len(asks := ((slot < 0) & (turn < choice.shape[1])).nonzero().squeeze(1)):
-        slot[asks] = choice[asks, turn[asks]]
-        turn[asks] += 1
+    while len(unplaced := ((slot < 0) & (turn < choice.shape[1])).nonzero().squeeze(1)):
+        slot[unplaced] = choice[unplaced, turn[unplaced]]
+        turn[unplaced] += 1
         there = (slot >= 0).nonzero().squeeze(1)
         there = there[score[there, turn[there] - 1].argsort(descending=True, stable=True)]
         if groups is not None:
@@ -309,7 +309,7 @@ def matchings(pairs, # (Q, 2) most promising first
 def local_search(task:Task,
                  batches, # (M, B), changed in place
                  sweeps:int): # at most
-    "Swap between promising pairs of batches until a sweep gains next to nothing."
+    "Swap between promising pairs of batches until the gain of a sweep is negligible."
     last = -1.
     for _ in range(sweeps):
         sums = batch_sums(task.x, batches)
@@ -322,7 +322,7 @@ def local_search(task:Task,
 
 # %% ../../nbs/appendix/batch_search.ipynb #51f64982
 def _greedy_assignment(w):
-    "(G,) a row of `w` (G, G) for each column: all ask for the best free one, highest values win."
+    "(G,) a row of `w` (G, G) for each column: rows take their best free column, high values first."
     row = torch.full_like(w[0], -1, dtype=torch.long)
     rows = cols = torch.arange(len(w), device=w.device)
     while len(rows):
@@ -406,7 +406,7 @@ def choose_dropped(task:Task,
                    dropped): # (N - MB,), changed in place
     "Replace members by dropped vectors while that helps."
     if not len(dropped) or task.sweeps < 2: return
-    dropped = dropped[:max(1, 5 * 10**7 // batches.numel())] # with few batches, many are dropped
+    dropped = dropped[:max(1, 5 * 10**7 // batches.numel())] # limits the memory of `gain`
     now = contributions(task, batches)
     gain = _replacement_gain(task, batches, dropped, now)
     best = gain.amax(2)
