@@ -32,7 +32,7 @@ BERT_TYPES = 'bert', 'roberta', 'xlm-roberta', 'camembert'
 _RATES = 'hidden_dropout_prob', 'attention_probs_dropout_prob'
 
 def _load_bert(name, dropout, **where):
-    "Tokenizer and model, every weight of it from the file."
+    "Tokenizer and model; an error if a weight of the model is not in the file."
     where |= dict(trust_remote_code=False)
     config = transformers.AutoConfig.from_pretrained(name, **where)
     one_of(config.model_type, BERT_TYPES, f'type of text model in {name}:')
@@ -47,7 +47,7 @@ def _load_bert(name, dropout, **where):
 # %% ../../nbs/appendix/bert.ipynb #8ce5406d
 @contextlib.contextmanager
 def quiet():
-    "Without progress bars and logs of transformers; what matters in them is raised as an error."
+    "No progress bars and logs of transformers; the warnings that matter are errors on this page."
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error(); log.disable_progress_bar()
@@ -57,8 +57,8 @@ def quiet():
         if bars: log.enable_progress_bar()
 
 # %% ../../nbs/appendix/bert.ipynb #74a05e5d
-def _hub_answers():
-    "Whether the hub can be reached. Asked once, because transformers would retry for a minute."
+def _hub_reachable():
+    "Whether the hub can be reached. One request, because transformers would retry for a minute."
     if constants.HF_HUB_OFFLINE: return False
     try: get_session().head(constants.ENDPOINT, timeout=10)
     except Exception: return False  # the error types differ between versions of the client
@@ -72,7 +72,7 @@ def load_bert(name:str, # hub name, or a folder made by `save_pretrained`
     if not folder and not re.fullmatch(r'\w[\w.-]*(/[\w.-]+)?', name):
         raise CmlfError(f'text model {name}: no such folder')
     for where in [dict(local_files_only=True)] + [{}] * (not folder):
-        if not where and not _hub_answers():
+        if not where and not _hub_reachable():
             raise CmlfError(f'text model {name!r} is not on this machine and the hub cannot be '
                             f'reached: run `hf download {name}` on a machine with network, '
                             "or give a folder or 'minilm'")
@@ -140,7 +140,7 @@ def ill_matched(tokenizer, # of transformers
         return 'its tokenizer has no words; add its files, such as tokenizer.json or vocab.txt'
     rows, last = model.get_input_embeddings().num_embeddings, max(words + found['input_ids'])
     if last >= rows:
-        return (f'its tokenizer has ids up to {last}, its word table has {rows} rows; '
+        return (f'its tokenizer has ids up to {last}, but its word table has {rows} rows; '
                 'give the tokenizer of this model')
     if model.config.model_type != 'bert' and tokenizer.pad_token_id not in (None, pad):
         return (f'its tokenizer pads with id {tokenizer.pad_token_id}, the model with {pad}; '
