@@ -21,7 +21,7 @@ class _Dropout(torch.autograd.Function):
         threshold = min(round((p - 0.5) * 2**(8 * size)), torch.iinfo(_INTEGER[size]).max)
         mask = bits.view(_INTEGER[size])[:n].ge_(threshold).neg_()  # all zeros or all ones
         y = x * (1 / (1 - p))
-        mask = mask.as_strided(y.shape, y.stride())  # in the order in which y lies in memory
+        mask = mask.as_strided(y.shape, y.stride())  # same memory layout as y
         y.view(mask.dtype).bitwise_and_(mask)
         ctx.p = p
         ctx.save_for_backward(mask)
