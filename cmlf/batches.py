@@ -309,13 +309,16 @@ def _swap_out(task:Task, batches, a:int, slot:int, most:int=64):
     i, here = batches[a, slot].clone(), task.groups[batches[a]]
     if (here == task.groups[i]).sum() < 2: return
     w = functools.partial(pair_weights, task)
+    # how well i fits each batch; batches with its group are out
     fit = w(batches.flatten(), i[None]).view(batches.shape).sum(1)
     fit[(task.groups[batches] == task.groups[i]).any(1)] = -torch.inf
     best = fit.topk(min(most, len(fit)))
     free = best.indices[best.values > -torch.inf]
     members, there = batches[free].flatten(), task.groups[batches[free]]
+    # members whose swap with i leaves fewer pairs of one group together
     fewer = (there.unsqueeze(2) == here).sum(2) < (there.unsqueeze(2) == there.unsqueeze(1)).sum(2)
     mates = torch.cat([batches[a, :slot], batches[a, slot + 1:]])
+    # gain of the objective for each of these swaps
     value = (w(members, mates).sum(1) - w(members, i[None])[:, 0]).view(there.shape)
     value += fit[free].unsqueeze(1) - contributions(task, batches[free])
     at = int(value.masked_fill(~fewer, -torch.inf).argmax())
