@@ -189,7 +189,7 @@ def _pool(owner, relevant, first, n_captions, n_clips):
     t, c = _pairs(relevant, owner, n_clips)
     if first is None: first = n_clips
     if first not in range(1, n_clips + 1):
-        raise CmlfError(f'first={first}: the pool has {n_clips} clips')
+        raise CmlfError(f'first={first}: should be from 1 to {n_clips}, the number of clips')
     kept = owner < first
     pair = kept[t] & (c < first)
     return np.flatnonzero(kept), owner[kept], (kept.cumsum() - 1)[t[pair]], c[pair]
