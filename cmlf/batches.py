@@ -167,7 +167,7 @@ def mine_random(task:Task) -> tuple:
 # %% ../nbs/06_batches.ipynb #6908088a
 def _best_swaps(w, # (Q, 2B, 2B) weights among the members of two batches, 0 on the diagonal
                 steps:int):
-    "(Q, 2B) order of the members after up to `steps` swaps between the halves, the best one each time."
+    "(Q, 2B) order of the members after up to `steps` best swaps between the two halves."
     b = w.shape[1] // 2
     first = torch.arange(b, device=w.device).repeat(len(w), 1)
     second = first + b

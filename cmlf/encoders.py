@@ -260,7 +260,7 @@ class DualEncoder(nn.Module):
         return self.audio_head(self.audio(x)).float()
 
     def embed_text(self, tokens:dict) -> torch.Tensor:
-        "What `text.tokenize` gives -> (B, joint_dim), float32, not normalised."
+        "Tokens from `text.tokenize` -> (B, joint_dim), float32, not normalised."
         return self.text_head(self.text(tokens)).float()
 
 # %% ../nbs/08_encoders.ipynb #929c0761

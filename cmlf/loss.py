@@ -16,7 +16,8 @@ from torch.nn import functional as nnf
 from .core import CmlfError, one_of
 
 # %% ../nbs/09_loss.ipynb #fb525abb
-def _at_least_float32(x): return x if x.dtype == torch.float64 else x.float()
+def _promote(x): # to float32 at least
+    return x if x.dtype == torch.float64 else x.float()
 
 def cosines(audio, # (B, d) embeddings x
             text, # (B, d) embeddings y
@@ -27,7 +28,7 @@ def cosines(audio, # (B, d) embeddings x
                         'should both be (B, d)')
     if len(audio) < 2: raise CmlfError('a batch of 1 pair has no negatives: give at least 2')
     with torch.autocast(audio.device.type, enabled=False):
-        return nnf.normalize(_at_least_float32(audio), dim=1) @ nnf.normalize(_at_least_float32(text), dim=1).T
+        return nnf.normalize(_promote(audio), dim=1) @ nnf.normalize(_promote(text), dim=1).T
 
 # %% ../nbs/09_loss.ipynb #70ecbf13
 def _both_directions(logits):
@@ -114,7 +115,7 @@ def max_margin(sim, # (B, B) similarities, the pairs on the diagonal
     "Bidirectional max-margin loss of MoEE and CE, mean over off-diagonal terms. A scalar."
     if sim.ndim != 2 or sim.shape[0] != sim.shape[1] or len(sim) < 2:
         raise CmlfError(f'similarities of shape {tuple(sim.shape)}: should be (B, B), B at least 2')
-    h, g = _hinges(_at_least_float32(sim), margin)
+    h, g = _hinges(_promote(sim), margin)
     return (h + g).sum() / (2 * len(sim) * (len(sim) - 1))
 
 # %% ../nbs/09_loss.ipynb #4de58a4e

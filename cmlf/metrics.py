@@ -224,7 +224,7 @@ def _retrieval(block, t, c, value, owner):
 def retrieval_from_similarity(sim, # (T captions, C clips), array or tensor
                               owner, # (T,) clip of each caption
                               first:int|None=None, # use only this many clips, the first ones
-                              relevant=None, # (T,) for each caption a set of clips also right
+                              relevant=None, # (T,) for each caption, a set of other right clips
                              ) -> Retrieval:
     "Ranks in both directions; ties are averaged, a clip has the rank of its best caption."
     sim = _matrix(sim, 'similarities', '(captions, clips)')
@@ -258,7 +258,7 @@ def retrieval(audio, # (C, d) embeddings of the clips
               text, # (T, d) embeddings of the captions
               owner, # (T,) clip of each caption
               first:int|None=None, # use only this many clips, the first ones
-              relevant=None, # (T,) for each caption a set of clips also right
+              relevant=None, # (T,) for each caption, a set of other right clips
              ) -> Retrieval:
     "Ranks in both directions by cosine, in blocks: the (T, C) matrix is never in memory."
     audio, text = _unit(audio, 'audio'), _unit(text, 'text')
@@ -275,10 +275,11 @@ def _query_scores(r, k, direction, of):
     "Score of each query: its hit (0 or 1) at `k`, or the mean hit over `KS`; or its AP@k."
     if one_of(of, ('recall', 'map'), 'metric') == 'map':
         return r.average_precision(10 if k is None else k, direction)
-    return np.mean([r.ranks(direction) < _check_depth(d) for d in (KS if k is None else (k,))], axis=0)
+    depths = KS if k is None else (k,)
+    return np.mean([r.ranks(direction) < _check_depth(d) for d in depths], axis=0)
 
 def _clip_scores(results, k, direction, of='recall'):
-    "For each direction: (C,) score of each clip, averaged over `results`, and (C,) its queries."
+    "For each direction: (C,) sum of a clip's scores, mean over `results`; (C,) its queries."
     results = [results] if isinstance(results, Retrieval) else list(results)
     if not results: raise CmlfError('no results: give a Retrieval or several')
     C, owner = len(results[0].a2t_ranks), results[0].owner
@@ -298,7 +299,7 @@ def _chunks(draws, C):
     return [most] * (draws // most) + [draws % most] * (draws % most > 0)
 
 def _bootstrap(parts, draws, seed):
-    "`draws` bootstrap values of the ratio above in percent, averaged over `parts`."
+    "`draws` bootstrap values of the ratio above in percent; the mean over directions."
     random, C = rng(seed, 'bootstrap'), len(parts[0][0])
     values = []
     for n in _chunks(draws, C):

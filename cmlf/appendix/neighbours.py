@@ -36,7 +36,7 @@ def bisect(x, # (N, d) vectors
            order, # (P * size,) indices in any order
            size:int, # members of a leaf
           ) -> torch.Tensor:
-    "`order` rearranged: each run of `size` indices is a leaf; neighbouring leaves have near vectors."
+    "`order` rearranged: each run of `size` indices is a leaf; nearby leaves hold near vectors."
     x, order, parts = pca_projection(x), order.clone(), [(0, len(order) // size)]
     while max(k for _, k in parts) > 1:
         for k in {k for _, k in parts if k > 1}:
