@@ -275,8 +275,8 @@ def _query_scores(r, k, direction, of):
     "Score of each query: its hit (0 or 1) at `k`, or the mean hit over `KS`; or its AP@k."
     if one_of(of, ('recall', 'map'), 'metric') == 'map':
         return r.average_precision(10 if k is None else k, direction)
-    depths = KS if k is None else (k,)
-    return np.mean([r.ranks(direction) < _check_depth(d) for d in depths], axis=0)
+    return np.mean([r.ranks(direction) < _check_depth(d)
+                    for d in (KS if k is None else (k,))], axis=0)
 
 def _clip_scores(results, k, direction, of='recall'):
     "For each direction: (C,) sum of a clip's scores, mean over `results`; (C,) its queries."
