@@ -445,7 +445,7 @@ def refused(folder, match):
 
 @pytest.mark.parametrize('type', TYPES)
 def test_vocabulary_beyond_the_word_table(tmp_path, type):
-    refused(text_folder(tmp_path/'m', type, vocab_size=30), r'its tokenizer has ids up to \d+, its word table has 30 rows')
+    refused(text_folder(tmp_path/'m', type, vocab_size=30), r'its tokenizer has ids up to \d+, but its word table has 30 rows')
 
 def test_special_tokens_beyond_the_word_table(tmp_path):
     "They do no harm before a caption holds one."
