@@ -32,9 +32,9 @@ def _tuple(value, cast, key):
 def typed(key:str, # name of the setting, for messages
           value, # as Python, JSON or text gives it
           cast:type, # bool, int, float, str or tuple
-          item:type=str, # of the members of a tuple
+          item:type=str, # type of the members of a tuple
          ):
-    "`value` as the type of setting `key`, or an error."
+    "Convert `value` to the type of setting `key`, or raise an error."
     if cast is bool: return as_bool(value, f'setting {key}')
     if cast in (int, float):
         if isinstance(value, bool): raise CmlfError(f'setting {key}={value!r} should be a number')
@@ -44,12 +44,12 @@ def typed(key:str, # name of the setting, for messages
 # %% ../nbs/01_config.ipynb #8641b1bc
 def setting(default, # its type is the type of the setting
             choices:tuple=(), # allowed values, or allowed members of a tuple
-            positive:bool=False, # whether it has to be above zero
+            positive:bool=False, # whether the value must be above zero
            ):
     "A field of a `Settings` group."
     return field(default=default, metadata=dict(choices=choices, positive=positive))
 
-def _checked(f, value): # a dataclass field, its new value
+def _checked(f, value): # a dataclass field and its new value
     limits, key = f.metadata, f.name
     value = typed(key, value, type(f.default), type(f.default[0]) if f.type is tuple else str)
     for v in value if isinstance(value, tuple) else [value]:
@@ -60,13 +60,13 @@ def _checked(f, value): # a dataclass field, its new value
 
 # %% ../nbs/01_config.ipynb #e8878017
 class Settings:
-    "A group of settings: values are typed and checked when it is made."
+    "A group of settings; values are converted and checked when it is created."
     def __post_init__(self):
         for f in fields(self): object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
         self.check()
 
     def check(self):
-        "Refuse values that do not go together."
+        "Raise an error for values that do not fit together; groups override this method."
 
     def asdict(self) -> dict:
         "{name: value}, as plain JSON values."
@@ -77,13 +77,13 @@ SOURCES = 'synthesised', 'recordings', 'audiocaps', 'clotho', 'manifest'
 
 @dataclass(frozen=True)
 class CorpusConfig(Settings):
-    "Which clips there are."
+    "The clips of a run."
     source:str = setting('audiocaps', choices=SOURCES)
-    n_train:int = 0        # scenes to compose; 0: whatever the corpus on disk holds
+    n_train:int = 0        # number of scenes to compose; 0 for a corpus on disk
     n_val:int = 0
     n_test:int = 0
-    subset:int = 0         # also score the first `subset` test clips; 0: no
-    corpus_seed:int = 0    # scenes are the same for every training seed
+    subset:int = 0         # also score the first `subset` test clips; 0: off
+    corpus_seed:int = 0    # of the scenes, which do not depend on the seed of training
 
 # %% ../nbs/01_config.ipynb #fb3710fb
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class AudioConfig(Settings):
     hop:int = setting(320, positive=True)        # samples at 32 kHz between two frames
     width:int = setting(64, positive=True) # channels of ResNet38's first block; 64 as in PANNs
     dropout:float = 0.2        # outside the residual blocks, and inside the text encoder
-    block_dropout:float = 0.2  # inside the residual blocks (the baseline's; PANNs has 0.1)
-    spec_augment:bool = True   # two time and two frequency stripes per training clip
+    block_dropout:float = 0.2  # inside the residual blocks; as in the baseline, PANNs has 0.1
+    spec_augment:bool = True   # mask two time and two frequency stripes of each training clip
 
     def check(self):
         for key in ('dropout', 'block_dropout'):
@@ -121,7 +121,7 @@ class BatchConfig(Settings):
     "How training pairs are put into batches."
     batch_size:int = 32
     kinds:tuple = setting(('easy', 'random', 'hard'), choices=KINDS) # batches of stages 1 to 3
-    ancillary:str = setting('both', choices=('audio', 'text', 'both')) # vector that is mined
+    ancillary:str = setting('both', choices=('audio', 'text', 'both')) # embeddings to mine from
     remine:bool = True # new batches of equal quality in every epoch; False: mined once
     groups:bool = True # clips with the same meaning never share a batch; paper: False
 
@@ -129,8 +129,8 @@ class BatchConfig(Settings):
         if len(self.kinds) != 3:
             raise CmlfError(f'setting kinds={self.kinds} should name three kinds of batch')
         if self.batch_size < 2:
-            raise CmlfError(f'setting batch_size={self.batch_size}: a pair needs another pair as '
-                            'its negative')
+            raise CmlfError(f'setting batch_size={self.batch_size} should be at least 2: each pair '
+                            'needs another pair as its negative')
 
 # %% ../nbs/01_config.ipynb #a18f72ba
 LOSSES = 'nt_xent', 'nt_xent_hardest', 'triplet_max'
@@ -141,18 +141,18 @@ class OptimiserConfig(Settings):
     lr:float = setting(1e-4, positive=True)      # audio encoder and both heads
     text_lr:float = setting(1e-4, positive=True) # text encoder
     schedule:str = setting('step', choices=('step', 'cosine', 'constant')) # of both rates
-    lr_step:int = setting(20, positive=True) # 'step': epochs of a joint run until a tenth
-    clip_norm:float = 2.0 # gradient norm, as in the baseline; 0: off
+    lr_step:int = setting(20, positive=True) # 'step': divide by ten every 20 epochs of a joint run
+    clip_norm:float = 2.0 # largest gradient norm, as in the baseline; 0: off
     tau:float = setting(0.07, positive=True) # temperature of Eq. 4
-    loss:str = setting('nt_xent', choices=LOSSES) # Eq. 4; the others mine inside a batch
-    hardest:int = 8  # negatives per row that 'nt_xent_hardest' keeps
-    amp:bool = True  # bf16 autocast where the device gains by it
+    loss:str = setting('nt_xent', choices=LOSSES) # Eq. 4, or hard negatives of the batch
+    hardest:int = 8  # 'nt_xent_hardest': negatives kept per row
+    amp:bool = True  # bf16 autocast where it is faster
 
 # %% ../nbs/01_config.ipynb #eb9114b2
 def divide(total:int, # epochs
            weights:tuple, # proportions
           ) -> tuple:
-    "`total` as whole numbers in the proportions of `weights`, each at least 1."
+    "Divide `total` into whole numbers in the proportions of `weights`, each at least 1."
     if total < len(weights):
         raise CmlfError(f'epochs={total} is too few for {len(weights)} stages: '
                         f'give at least {len(weights)}')
@@ -169,7 +169,7 @@ BUDGETS = 'equal_epochs', 'equal_updates', 'per_stage'
 
 def stage_epochs(epochs:int, # of a joint run
                  budget:str, # one of `BUDGETS`
-                 split:tuple, # of the stages, as proportions
+                 split:tuple, # proportions of the stages
                 ) -> tuple:
     "Epochs of stages 1, 2 and 3."
     if one_of(budget, BUDGETS, 'budget') == 'equal_epochs': return divide(epochs, split)
@@ -180,19 +180,19 @@ def stage_epochs(epochs:int, # of a joint run
 # %% ../nbs/01_config.ipynb #f4c01145
 @dataclass(frozen=True)
 class CurriculumConfig(Settings):
-    "How long each stage lasts, and what it returns."
+    "How long each stage is, and which model it returns."
     epochs:int = setting(50, positive=True) # of a joint run
-    budget:str = setting('per_stage', choices=BUDGETS) # what a staged run gets
-    stage_split:tuple = (20, 10, 20) # how the stages divide the epochs, as proportions
-    keep_start:bool = True # a stage may return the model that it started from; paper: False
+    budget:str = setting('per_stage', choices=BUDGETS) # of a staged run, see the table above
+    stage_split:tuple = (20, 10, 20) # proportions of the stages
+    keep_start:bool = True # if no epoch is better, a stage returns its initial model; paper: False
     restart_schedule:bool = True # each stage restarts the learning rate schedule
     freeze_head:bool = False # whether the projection head of a frozen encoder is frozen too
 
     def check(self):
         if len(self.stage_split) != 3 or min(self.stage_split) < 1:
             raise CmlfError(f'setting stage_split={self.stage_split} should be three whole numbers '
-                            'above zero, as 8+4+6')
-        self.stage_epochs # an error, where they are too few
+                            'above zero, such as 8+4+6')
+        self.stage_epochs # raises an error if there are too few epochs
 
     @property
     def stage_epochs(self) -> tuple:
@@ -203,22 +203,22 @@ class CurriculumConfig(Settings):
 @dataclass(frozen=True)
 class TaggerConfig(Settings):
     "Pre-training of the audio encoder."
-    panns:str = '' # file of PANNs weights; '': a tagger of our own
-    pretrain_epochs:int = 0
-    pretrain_scenes:int = 0
+    panns:str = '' # file of PANNs weights; '': train a tagger
+    pretrain_epochs:int = 0 # of the tagger
+    pretrain_scenes:int = 0 # scenes that it is trained on
     pretrain_lr:float = 1e-3
 
 @dataclass(frozen=True)
 class ExpertConfig(Settings):
     "Features for CE and MoEE."
-    expert_features:str = '' # 'audio=FILE,vggsound=FILE'; '': from two taggers of our own
-    expert_width:int = 8     # channels of the first layer of those taggers
+    expert_features:str = '' # 'audio=FILE,vggsound=FILE'; '': train two taggers as experts
+    expert_width:int = 8     # channels of the first layer of these taggers
     expert_epochs:int = 8
 
 @dataclass(frozen=True)
 class CEConfig(Settings):
-    "CE and MoEE; batch size, rate and epochs are the reference's."
-    words:str = '' # word2vec or GloVe file; '': the word table of the text encoder
+    "CE and MoEE; batch size, learning rate and epochs are those of the published code."
+    words:str = '' # word2vec or GloVe file; '': word embeddings of the text encoder
     ce_epochs:int = 20
     ce_batch_size:int = 128
     ce_lr:float = 0.01
@@ -241,7 +241,7 @@ class Profile:
     ce:CEConfig = CEConfig()
 
     def replace(self, **settings) -> 'Profile':
-        "A copy with some settings changed, by their last names; an unknown one is refused."
+        "A copy with some settings changed, by name; an unknown name is an error."
         return replace(self, settings)
 
     def asdict(self) -> dict:
@@ -250,36 +250,36 @@ class Profile:
 
 # %% ../nbs/01_config.ipynb #eb8efbcb
 GROUPS = {f.name: f.type for f in fields(Profile) if f.name != 'name'}
-SETTINGS = {f.name: group for group, made in GROUPS.items() for f in fields(made)} # -> its group
-RENAMED = dict(corpus='source', curriculum='kinds') # old names that are groups now
+SETTINGS = {f.name: group for group, made in GROUPS.items() for f in fields(made)} # -> group
+RENAMED = dict(corpus='source', curriculum='kinds') # old names of settings
 
 def locate(key:str) -> tuple: # (group, setting)
-    "Where a setting is: 'epochs' and 'curriculum.epochs' both give ('curriculum', 'epochs')."
+    "Find a setting: 'epochs' and 'curriculum.epochs' both give ('curriculum', 'epochs')."
     group, _, name = key.rpartition('.')
     name = name if group else RENAMED.get(name, name)
     known = {f'{g}.{n}' if group else n: (g, n) for n, g in SETTINGS.items()}
     return known[one_of(f'{group}.{name}' if group else name, known, 'setting')]
 
 # %% ../nbs/01_config.ipynb #cdaaee3a
-def replace(profile:Profile, # left as it is
-            settings:dict, # {'epochs': 6}, {'curriculum.epochs': 6} or {'curriculum': {'epochs': 6}}
+def replace(profile:Profile, # not changed itself
+            settings:dict, # {'epochs': 6}, {'curriculum.epochs': 6}, {'curriculum': {'epochs': 6}}
            ) -> Profile:
-    "A copy with some settings changed; an unknown one is refused."
+    "A copy with some settings changed; an unknown name is an error."
     changed, name = {}, profile.name
     for key, value in settings.items():
         if key == 'name': name = value; continue
-        many = key in GROUPS and isinstance(value, dict)
-        for k, v in value.items() if many else [(key, value)]:
-            group, setting = locate(f'{key}.{k}' if many else k)
+        is_group = key in GROUPS and isinstance(value, dict)
+        for k, v in value.items() if is_group else [(key, value)]:
+            group, setting = locate(f'{key}.{k}' if is_group else k)
             changed.setdefault(group, {})[setting] = v
     return dataclasses.replace(profile, name=name, **{
         g: dataclasses.replace(getattr(profile, g), **v) for g, v in changed.items()})
 
 # %% ../nbs/01_config.ipynb #2f622955
 def pick(profile:Profile,
-         reads:str, # names of groups, or of single settings as 'audio.seconds', with spaces
+         reads:str, # names of groups and of single settings, with spaces: 'joint audio.seconds'
         ) -> dict:
-    "{setting: value} of what is named."
+    "{setting: value} of the named groups and settings."
     found = {}
     for name in reads.split():
         if name in GROUPS: found |= getattr(profile, name).asdict()
@@ -309,13 +309,13 @@ PROFILES = {p.name: p for p in [
 
 # %% ../nbs/01_config.ipynb #51a84f07
 def get_profile(name:str, # 'smoke', 'mini', 'field' or 'audiocaps'
-                settings=(), # changes: a dict, or texts 'key=value' as the command line gives them
+                settings=(), # changes: a dict, or strings 'key=value' as on the command line
                ) -> Profile:
-    "The named profile, with changes. Unknown names and keys are refused."
+    "The named profile, with changes; unknown names and keys are errors."
     profile = PROFILES[one_of(name, PROFILES, 'profile')]
     if not isinstance(settings, dict):
         for s in settings:
-            if '=' not in s: raise CmlfError(f'setting {s!r} should read KEY=VALUE, as in epochs=6')
+            if '=' not in s: raise CmlfError(f'setting {s!r} should be KEY=VALUE, as in epochs=6')
         settings = dict(s.split('=', 1) for s in settings)
     if 'name' in settings:
         raise CmlfError("setting 'name' is the name of the profile and cannot be changed")
@@ -325,15 +325,15 @@ def get_profile(name:str, # 'smoke', 'mini', 'field' or 'audiocaps'
 PATH_SETTINGS = 'panns', 'words', 'expert_features', 'text_model'
 
 def expert_files(text:str) -> dict:
-    "{expert: file} of the setting `expert_features`, 'audio=FILE,vggsound=FILE'."
+    "{expert: file} from the setting `expert_features`, 'audio=FILE,vggsound=FILE'."
     pairs = [t.partition('=') for t in text.split(',') if t]
     if not all(name and path for name, _, path in pairs):
-        raise CmlfError(f'setting expert_features={text!r} should read audio=FILE,vggsound=FILE')
+        raise CmlfError(f'setting expert_features={text!r} should be audio=FILE,vggsound=FILE')
     return {name.strip(): path.strip() for name, _, path in pairs}
 
 # %% ../nbs/01_config.ipynb #57525e57
 def resolve_paths(p:Profile) -> Profile:
-    "The profile with every path in it absolute."
+    "The profile with absolute paths."
     experts = {k: absolute(path) for k, path in expert_files(p.experts.expert_features).items()}
     model = p.text.text_model
     return p.replace(panns=absolute(p.tagger.panns), words=absolute(p.ce.words),

@@ -260,7 +260,7 @@ def test_folder_without_some_weights_is_refused(folder, tmp_path):
 
 def test_folder_of_another_kind_is_refused(tmp_path):
     transformers.GPT2Config(n_layer=1).save_pretrained(tmp_path)
-    with pytest.raises(CmlfError, match="'gpt2' Known: bert"): load_bert(str(tmp_path))
+    with pytest.raises(CmlfError, match=r"'gpt2'\. Known: bert"): load_bert(str(tmp_path))
 
 def test_roberta_is_bert_enough(folder, tmp_path):
     config = transformers.RobertaConfig(vocab_size=30600, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
