@@ -17,7 +17,7 @@ import pandas as pd
 import soundfile as sf
 from fastcore.basics import patch
 
-from .appendix.corpus_tables import checked_caption, read_right_pairs
+from .appendix.corpus_tables import checked_caption, read_relevant_pairs
 from .core import CmlfError, Progress, atomic_path, content_hash, file_hash, one_of
 from .features import SAMPLE_RATE
 
@@ -25,7 +25,7 @@ from .features import SAMPLE_RATE
 _PUNCTUATION = re.compile(r'[,.!?;:"]')
 
 def clean_caption(text:str) -> str:
-    "Lower case, each of `, . ! ? ; : \"` a space, runs of spaces one (Mei et al., 2022)."
+    "Lower case; each of `, . ! ? ; : \"` becomes a space, and repeated spaces become one."
     return ' '.join(_PUNCTUATION.sub(' ', text.lower()).split())
 
 # %% ../nbs/03_data.ipynb #b6a8d333
@@ -33,16 +33,16 @@ SPLITS = 'train', 'val', 'test'
 
 @dataclass(frozen=True)
 class Clip:
-    "A piece of sound and all of its captions."
+    "An audio clip and all its captions."
     id:str          # unique in its corpus
     split:str       # 'train', 'val' or 'test'
     captions:tuple  # cleaned, one or more
-    raw:tuple       # the same captions as they were written
-    source:str      # absolute path of the audio, or the recipe it is made from
-    meaning:str=''  # an identifier; clips with the same one have captions of the same meaning
+    raw:tuple       # the original text of the captions
+    source:str      # absolute path of the audio, or the recipe to synthesise it
+    meaning:str=''  # an identifier; clips with equal `meaning` have captions of the same meaning
     tags:tuple=()   # names of audible events
     credit:str=''   # author and licence of the recording
-    where:str=''    # 'FILE row N' that it was read from, for messages
+    where:str=''    # 'FILE row N' of the table that lists it, for messages
 
 # %% ../nbs/03_data.ipynb #ca37c023
 class Corpus:
@@ -51,10 +51,10 @@ class Corpus:
                  name:str, # 'audiocaps', 'clotho', ...
                  clips, # `Clip`s; ids are unique
                  read, # function `Clip` -> waveform (samples,), float32 at 32 kHz
-                 seconds:float, # length every waveform is padded or cut to
-                 coverage_report=None, # DataFrame, a row per expected clip; None: all are there
-                 description:str='', # a sentence for people
-                 missing=()): # expected `Clip`s without sound, for their captions
+                 seconds:float, # length that every waveform is padded or cut to
+                 coverage_report=None, # DataFrame, a row per expected clip; None: none is missing
+                 description:str='', # one sentence, for reports
+                 missing=()): # expected `Clip`s without sound; their captions are known
         self.name, self.clips, self.read, self.seconds = name, tuple(clips), read, seconds
         self.coverage_report, self.description = coverage_report, description
         self.missing = tuple(missing)
@@ -71,12 +71,12 @@ class Corpus:
 
 # %% ../nbs/03_data.ipynb #1a20e038
 def _check_clips(name, clips):
-    "Refuse clips without a caption, with an unknown split or with an id that is taken."
+    "Raise an error for a clip without a caption, with an unknown split or with a repeated id."
     seen = set()
     for c in clips:
-        one_of(c.split, SPLITS, f'split of clip {c.id!r}')
+        one_of(c.split, SPLITS, f'split of clip {c.id!r}:')
         if not c.captions: raise CmlfError(f'{name}: clip {c.id!r} has no caption; give it one')
-        if c.id in seen: raise CmlfError(f'{name}: two clips are called {c.id!r}; rename one')
+        if c.id in seen: raise CmlfError(f'{name}: two clips have the id {c.id!r}; rename one')
         seen.add(c.id)
 
 # %% ../nbs/03_data.ipynb #0961ffa0
@@ -88,12 +88,12 @@ def waveform(self:Corpus, i:int) -> np.ndarray:
 @patch(as_prop=True)
 def splits(self:Corpus) -> tuple:
     "The splits that have clips, in the order train, val, test."
-    there = {c.split for c in self.clips}
-    return tuple(s for s in SPLITS if s in there)
+    found = {c.split for c in self.clips}
+    return tuple(s for s in SPLITS if s in found)
 
 # %% ../nbs/03_data.ipynb #6a9458ce
 def _part(corpus, clips, report, missing):
-    "The same corpus with fewer clips; `tags` stay, so that tag matrices of parts line up."
+    "The corpus with fewer clips; `tags` are kept, so all tag matrices have the same columns."
     part = Corpus(corpus.name, clips, corpus.read, corpus.seconds, report, corpus.description,
                   missing)
     part.tags = corpus.tags
@@ -105,7 +105,7 @@ def split(self:Corpus, name:str) -> Corpus:
     "The clips of one split with their rows of the coverage report."
     one_of(name, SPLITS, 'split')
     clips = [c for c in self.clips if c.split == name]
-    if not clips: raise CmlfError(f'{self.name} has no {name} clips; its tables need some')
+    if not clips: raise CmlfError(f'{self.name} has no {name} clips; add some to its tables')
     report = self.coverage_report
     if report is not None: report = report[report.split == name]
     return _part(self, clips, report, [c for c in self.missing if c.split == name])
@@ -113,16 +113,16 @@ def split(self:Corpus, name:str) -> Corpus:
 # %% ../nbs/03_data.ipynb #55589730
 @patch
 def only(self:Corpus, ids) -> Corpus:
-    "The clips with these ids, in the corpus's order; the coverage report stays whole."
+    "The clips with these ids, in the corpus's order; the coverage report keeps all its rows."
     ids = set(ids)
-    lost = sorted(ids - {c.id for c in self.clips})
-    if lost: raise CmlfError(f'{self.name} has no clip {lost[0]!r}; choose among its ids')
+    unknown = sorted(ids - {c.id for c in self.clips})
+    if unknown: raise CmlfError(f'{self.name} has no clip {unknown[0]!r}; give ids of its clips')
     kept, left = [c for c in self.clips if c.id in ids], [c for c in self.clips if c.id not in ids]
     return _part(self, kept, self.coverage_report, [*self.missing, *left])
 
 # %% ../nbs/03_data.ipynb #5d1a429c
 def _sound_key(source:str) -> str:
-    "A recipe is its own key; the key of a file is a hash of path, size and time of change."
+    "A recipe is its own key; the key of a file is a hash of path, size and modification time."
     path = Path(source)
     if not path.is_absolute() or not path.is_file(): return source
     stat = path.stat()
@@ -131,7 +131,7 @@ def _sound_key(source:str) -> str:
 # %% ../nbs/03_data.ipynb #fcde0ea0
 @patch(as_prop=True)
 def keys(self:Corpus) -> list:
-    "Key of each clip's sound: sha256 where the coverage report has it, else recipe or file."
+    "Key of each clip's sound: its sha256 if the coverage report has it, else `_sound_key`."
     if not hasattr(self, '_keys'):
         report = self.coverage_report
         sha = {} if report is None else dict(zip(report.id, report.sha256))
@@ -149,7 +149,7 @@ def hash(self:Corpus) -> str:
 
 # %% ../nbs/03_data.ipynb #fa68f912
 def _linked(rows) -> list: # keys of each item
-    "For each item the first item that it is linked to, by a shared key or a chain of them."
+    "For each item, the first item of its group; items with a common key are in one group."
     parent, first = list(range(len(rows))), {}
     def root(i):
         while parent[i] != i: parent[i] = i = parent[parent[i]]
@@ -162,14 +162,14 @@ def _linked(rows) -> list: # keys of each item
 
 # %% ../nbs/03_data.ipynb #d95085c2
 def _duplicate_keys(clip, sound) -> list:
-    "Two clips with one of these keys in common are duplicates."
+    "Keys of a clip; two clips with a common key are duplicates."
     meaning = [('meaning', clip.meaning)] if clip.meaning else []
     return [*meaning, *(('caption', t) for t in clip.captions), ('sound', sound)]
 
 # %% ../nbs/03_data.ipynb #4fe4f5ef
 @patch
 def groups(self:Corpus, by:str='meaning') -> np.ndarray: # 'meaning' or 'caption'
-    "Labels (N,) int64, equal for clips linked by caption, meaning or sound; or by caption alone."
+    "Labels (N,) int64 of duplicate groups; 'caption' ignores `meaning` and sound."
     one_of(by, ('meaning', 'caption'), 'grouping')
     alone = by == 'caption'
     names = [c.meaning if c.meaning and not alone else f'"{c.captions[0]}"' for c in self.clips]
@@ -186,7 +186,7 @@ def draw_captions(owner, # (T,) the clip of each caption, in any order
                   n_clips:int, # N
                   generator, # numpy Generator
                  ) -> np.ndarray:
-    "The index of one caption per clip, drawn evenly among its captions; clips without are left out."
+    "Index of one caption per clip, drawn uniformly; clips without a caption are left out."
     order, counts = np.argsort(owner, kind='stable'), np.bincount(owner, minlength=n_clips)
     first, some = np.cumsum(counts) - counts, counts > 0
     return order[first[some] + generator.integers(0, counts[some])]
@@ -203,47 +203,47 @@ def tag_matrix(self:Corpus) -> np.ndarray:
 # %% ../nbs/03_data.ipynb #803957a1
 @patch(as_prop=True)
 def coverage(self:Corpus) -> str:
-    "'957 of 957 clips': how many of the expected clips are there."
+    "'957 of 957 clips': how many of the expected clips have sound."
     report = self.clips if self.coverage_report is None else self.coverage_report
     return f'{len(self)} of {len(report)} clips'
 
 def pool_hash(corpus) -> str:
-    "Hash of the clips that are ranked and their captions, whatever their order and place."
+    "Hash of the clips that are ranked and their captions, independent of order and file paths."
     return content_hash(sorted([c.id, list(c.captions)] for c in corpus.clips))
 
 @patch(as_prop=True)
 def pool(self:Corpus) -> dict:
-    "What a score carries: `coverage` and the pool's `hash`."
+    "`coverage` and pool `hash`, to be stored with a score."
     return dict(coverage=self.coverage, hash=pool_hash(self))
 
 # %% ../nbs/03_data.ipynb #7243fbea
 def _pool_of(score) -> dict:
-    "The pool of a score, which is one or carries one."
+    "The pool of a score: the score itself, or its item or attribute `pool`."
     pool = score.get('pool', score) if isinstance(score, dict) else getattr(score, 'pool', None)
     if isinstance(pool, dict) and {'hash', 'coverage'} <= set(pool): return pool
-    raise CmlfError(f'a score carries no pool: {score!r:.60}; store Corpus.pool with it')
+    raise CmlfError(f'a score has no pool: {score!r:.60}; store Corpus.pool with it')
 
 def same_pool(*scores # each a `Corpus.pool`, or a dict or object that has one as `pool`
              ) -> dict:
-    "The pool that all scores were measured on; `CmlfError` if there are two, or none."
+    "The pool that all scores were measured on; `CmlfError` if there are several pools, or none."
     pools = {p['hash']: p for p in map(_pool_of, scores)}
     if not pools: raise CmlfError('no scores; give at least one')
     if len(pools) == 1: return next(iter(pools.values()))
     each = ' and '.join(f'{p["coverage"]} (pool {p["hash"]})' for p in pools.values())
-    raise CmlfError(f'scores on different pools share no table: {each}; score the clips they share')
+    raise CmlfError(f'scores on different pools: {each}; score the clips that all pools have')
 
 # %% ../nbs/03_data.ipynb #23fd87b9
-_DEVICES = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)(\..*)?', re.I)  # no file names on Windows
+_DEVICES = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)(\..*)?', re.I)  # not allowed on Windows
 
 def safe_name(text:str) -> str:
-    "A name for a file or a URL, the text itself where it is one, else readable and with a hash."
+    "A safe name for a file or URL: the text itself if it is safe, else similar text and a hash."
     plain = unicodedata.normalize('NFKD', text).encode('ascii', 'ignore').decode()
     name = re.sub(r'[^A-Za-z0-9._-]+', '_', plain).strip('.')[-80:].lstrip('.')
     if name and name == text and not _DEVICES.fullmatch(name): return name
     return '-'.join(filter(None, (name.strip('._'), content_hash(text, length=8))))
 
 # %% ../nbs/03_data.ipynb #aafeb571
-# the best format first
+# the preferred format first
 AUDIO_EXTENSIONS = ('.wav .flac .ogg .opus .mp3 .aiff .aif .au .caf .w64 '
                     '.m4a .webm .mp4 .aac').split()
 YOUTUBE_ID = '([A-Za-z0-9_-]{11})'  # a regular expression
@@ -256,7 +256,7 @@ def file_stem(name:str) -> str:
 
 # %% ../nbs/03_data.ipynb #dc3d658e
 def _clip_names(clip) -> set:
-    "What a table may call a clip: its id or file, with folder and extension or without."
+    "Names of a clip in a table: its id or file name, with or without folder and extension."
     texts = [clip.id] + [clip.source] * Path(clip.source).is_absolute()
     names = {n for t in texts for n in (t, Path(t).name, file_stem(t))}
     names |= {html.unescape(n) for n in names} | {n.strip() for n in names}
@@ -264,20 +264,20 @@ def _clip_names(clip) -> set:
 
 # %% ../nbs/03_data.ipynb #a15fd538
 def _clips_by_name(corpus) -> dict:
-    "{name: indices of the clips that may be meant}; -1 is a clip that has no sound here."
-    called = defaultdict(set)
+    "{name: indices of the clips with that name}; -1 stands for a clip without sound."
+    by_name = defaultdict(set)
     for clip in corpus.missing:
-        for name in _clip_names(clip): called[name].add(-1)
+        for name in _clip_names(clip): by_name[name].add(-1)
     for i, clip in enumerate(corpus.clips):
-        for name in _clip_names(clip): called[name].add(i)
-    return called
+        for name in _clip_names(clip): by_name[name].add(i)
+    return by_name
 
-def _clip_named(name, called, where, corpus) -> int:
-    "The index of the clip that a table calls `name`."
+def _clip_named(name, by_name, where, corpus) -> int:
+    "The index of the clip that is called `name` in a table."
     if not isinstance(name, str): raise CmlfError(f'{where}: clip {name!r} is not text')
     plain = html.unescape(name)
     for n in (name, plain, Path(name).name, file_stem(name), file_stem(plain)):
-        if len(hits := called.get(n, ())) == 1: return next(iter(hits))
+        if len(hits := by_name.get(n, ())) == 1: return next(iter(hits))
         if hits: raise CmlfError(f'{where}: {name!r} may be any of {len(hits)} clips; give the id')
     raise CmlfError(f'{where}: {corpus.name} has no clip {name!r}; remove it or load its split')
 
@@ -285,20 +285,21 @@ def _clip_named(name, called, where, corpus) -> int:
 def read_relevance(path, # csv, jsonl, parquet or json
                    corpus, # the `Corpus` whose captions are the queries, usually one split
                   ) -> list:
-    "For each of `corpus.captions` the set of its clips that are right, its own among them."
+    "For each of `corpus.captions`, the set of its relevant clips, including its own."
     path = Path(path).expanduser()
-    if not path.is_file(): raise CmlfError(f'{path}: no such file of right pairs')
-    right, at, called = [{int(i)} for i in corpus.owner], defaultdict(list), _clips_by_name(corpus)
+    if not path.is_file(): raise CmlfError(f'{path}: no such file of relevant clips')
+    relevant, at = [{int(i)} for i in corpus.owner], defaultdict(list)
+    by_name = _clips_by_name(corpus)
     for k, text in enumerate(corpus.captions): at[text].append(k)
     absent = {t for c in corpus.missing for t in c.captions}
-    for where, text, name in read_right_pairs(path):
-        clip = _clip_named(name, called, where, corpus)
+    for where, text, name in read_relevant_pairs(path):
+        clip = _clip_named(name, by_name, where, corpus)
         text = clean_caption(checked_caption(text, where))
         if text not in at and text not in absent:
             raise CmlfError(f'{where}: {corpus.name} has no caption {text!r:.60}; '
                             'remove it or load its split')
-        for k in at[text] if clip >= 0 and text in at else (): right[k].add(clip)
-    return right
+        for k in at[text] if clip >= 0 and text in at else (): relevant[k].add(clip)
+    return relevant
 
 # %% ../nbs/03_data.ipynb #0214cce3
 def _split_row(corpus, name) -> dict:
@@ -330,15 +331,15 @@ def _file_names(ids) -> list:
 
 # %% ../nbs/03_data.ipynb #9652af3c
 def _write_once(path, write):
-    "Call `write` with a temporary path and move it to `path`; a different file there is an error."
+    "Write a file with `write`; if `path` already exists with other content, raise an error."
     with atomic_path(path) as tmp:
         write(tmp)
         if path.exists() and (not path.is_file() or file_hash(path) != file_hash(tmp)):
-            raise CmlfError(f'{path}: there already, and another; give a new folder')
+            raise CmlfError(f'{path}: exists with other content; give a new folder')
 
 # %% ../nbs/03_data.ipynb #22f83279
 def _manifest_rows(corpus, names) -> list:
-    "The header and rows of a manifest of a corpus whose sounds are called `names`."
+    "The header and rows of a manifest; `names` are the file names of the sounds."
     most = max(len(c.captions) for c in corpus.clips)
     extra = [k for k in ('meaning', 'tags', 'credit') if any(getattr(c, k) for c in corpus.clips)]
     rows = [['path', 'id', 'split', *(f'caption_{k + 1}' for k in range(most)), *extra]]
@@ -352,7 +353,7 @@ def _manifest_rows(corpus, names) -> list:
 def write_corpus(corpus, # a `Corpus` with sound
                  out, # a folder, new or of an earlier run
                 ) -> Path:
-    "Write every clip as a 16-bit wav and a `manifest.csv` of them all; the path of that."
+    "Write every clip as a 16-bit wav, and a `manifest.csv`; returns the path of the manifest."
     out, names = Path(out).expanduser().absolute(), _file_names([c.id for c in corpus.clips])
     with Progress(len(corpus), f'writing {corpus.name}') as bar:
         for i, name in enumerate(names):

@@ -288,7 +288,7 @@ def test_manifest_without_split(tmp_path, capsys):
 
 BAD_TABLES = {
     'cut in a row': ('file_name,caption\na.wav,Rain\nb.wa', r'train.csv row 3: 1 fields where the header has 2'),
-    'cut in a quote': ('file_name,caption\na.wav,Rain\nb.wav,"Rai', r'train.csv row 3: .*half-written'),
+    'cut in a quote': ('file_name,caption\na.wav,Rain\nb.wav,"Rai', r'train.csv row 3: .*the file is incomplete'),
     'quote opened mid-file': ('file_name,caption\na.wav,"Rain\n' + 'b.wav,Wind\n' * 9, r'train.csv row 2: .*quote'),
     'comma not quoted': ('file_name,caption\na.wav,Rain, wind\n', r'train.csv row 2: 3 fields'),
     'header only': ('file_name,caption\n', r'train.csv: no rows below the header'),
@@ -346,7 +346,7 @@ def test_a_clip_in_two_splits(tmp_path):
 
 
 OFFICIAL_BAD = {
-    'id ruined by a spreadsheet': ('1,#NAME?,30,Rain\n', "row 2: youtube_id '#NAME\\?' is none"),
+    'id ruined by a spreadsheet': ('1,#NAME?,30,Rain\n', "row 2: youtube_id '#NAME\\?' is not a YouTube id"),
     'start is no number': ('1,7fmOlUlwoNg,half,Rain\n', "row 2: start_time 'half'"),
     'caption id twice': ('1,7fmOlUlwoNg,30,Rain\n1,7fmOlUlwoNg,30,Wind\n', 'row 3: audiocap_id 1 was already in .*row 2'),
     'empty caption': ('1,7fmOlUlwoNg,30,\n', 'row 2: caption is empty'),
@@ -502,7 +502,7 @@ def test_pools_never_share_a_table(tmp_path):
     assert same_pool(whole.only([c.id for c in part.clips]), part)['hash'] == part.pool['hash']
     json.dumps(whole.pool)
     with pytest.raises(CmlfError): same_pool()
-    with pytest.raises(CmlfError, match='carries no pool'): same_pool({'R@1': 3.0}, whole)
+    with pytest.raises(CmlfError, match='a score has no pool'): same_pool({'R@1': 3.0}, whole)
 
 
 def test_clips_have_their_row_and_the_hash_ignores_it(tmp_path):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_utf8', 'csv_header', 'caption_columns', 'read_json_rows', 'need_pyarrow', 'parquet_schema', 'sound_column',
            'holds_sound', 'read_rows', 'is_blank', 'cell_text', 'checked_text', 'checked_caption', 'row_captions',
-           'refuse_repeat', 'read_right_pairs']
+           'refuse_repeat', 'read_relevant_pairs']
 
 # %% ../../nbs/appendix/corpus_tables.ipynb #69fba88f
 import ast, csv, io, json, re
@@ -18,7 +18,7 @@ from ..core import CmlfError
 
 # %% ../../nbs/appendix/corpus_tables.ipynb #2eab5c69
 def read_utf8(path) -> str:
-    "A file as text; a byte that is not UTF-8 is an error with its row."
+    "A file as text; for a byte that is not UTF-8, the error names the row."
     data = Path(path).read_bytes()
     try: return data.decode('utf-8-sig')
     except UnicodeDecodeError as e:
@@ -41,7 +41,8 @@ def _csv_rows(path):
         for n, fields in enumerate(rows, 1):
             if fields: yield n, fields
     except csv.Error as e:
-        raise CmlfError(f'{path} row {n + 1}: {e}; half-written, or a quote not closed') from None
+        raise CmlfError(f'{path} row {n + 1}: {e}; the file is incomplete, or a quote is not '
+                        'closed') from None
 
 def csv_header(path) -> list:
     "The column names of a csv file; an empty file has none."
@@ -58,7 +59,7 @@ def _wrong_rows(path, wrong, columns, last) -> str:
     "The error message for rows that have more or fewer fields than the header."
     few, many = ([n for n, k in wrong if (k > columns) == more] for more in (False, True))
     sign = _SEPARATORS[_separator(read_utf8(path))]
-    why = (['the file is half-written'] * (few == [last])
+    why = (['the file is incomplete'] * (few == [last])
            + ['a line break inside a caption is not quoted'] * bool(few)
            + [f'a {sign} is not quoted'] * bool(many))
     counts = ', '.join(map(str, sorted({k for _, k in wrong})))
@@ -71,7 +72,8 @@ def _read_csv(path) -> list:
     rows, table, wrong, n = _csv_rows(path), [], [], 0
     columns = [c.strip() for c in next(rows, (0, ()))[1]]
     if not columns: raise CmlfError(f'{path}: empty; download it again')
-    if len(set(columns)) < len(columns): raise CmlfError(f'{path} row 1: two columns of one name')
+    if len(set(columns)) < len(columns):
+        raise CmlfError(f'{path} row 1: two columns have the same name; rename one')
     for n, fields in rows:
         if len(fields) != len(columns): wrong.append((n, len(fields)))
         else: table.append((f'{path} row {n}', dict(zip(columns, fields))))
@@ -80,7 +82,7 @@ def _read_csv(path) -> list:
 
 # %% ../../nbs/appendix/corpus_tables.ipynb #89c8acab
 def caption_columns(row) -> dict:
-    "A row whose caption is a list, with caption_1, caption_2, ... instead."
+    "The row, with a list of captions replaced by caption_1, caption_2, ..."
     texts = next((row[k] for k in ('caption', 'captions', 'text') if k in row), None)
     if not isinstance(texts, (list, tuple, np.ndarray)): return row
     rest = {k: v for k, v in row.items() if k not in ('caption', 'captions', 'text')}
@@ -90,9 +92,10 @@ def caption_columns(row) -> dict:
 def _json_object(text, where) -> dict:
     "The JSON object in a text."
     try: found = json.loads(text)
-    except ValueError as e: raise CmlfError(f'{where}: not JSON ({e}); half-written?') from None
+    except ValueError as e:
+        raise CmlfError(f'{where}: not JSON ({e}); perhaps the file is incomplete') from None
     if isinstance(found, dict): return found
-    raise CmlfError(f'{where}: {found!r:.40} is no JSON object {{"key": value, ...}}')
+    raise CmlfError(f'{where}: {found!r:.40} is not a JSON object {{"key": value, ...}}')
 
 def _read_jsonl(path) -> list:
     "('FILE row N', {key: value}) of every line that is not blank."
@@ -102,7 +105,7 @@ def _read_jsonl(path) -> list:
 
 # %% ../../nbs/appendix/corpus_tables.ipynb #dab575ba
 def read_json_rows(path) -> list:
-    "[('FILE row N', object)] of a JSON file {'data': [objects]}."
+    "[('FILE row N', object)] for a JSON file {'data': [objects]}."
     rows = _json_object(read_utf8(path), path).get('data')
     if isinstance(rows, list) and rows and all(isinstance(r, dict) for r in rows):
         return [(f'{path} row {n}', caption_columns(r)) for n, r in enumerate(rows, 1)]
@@ -110,7 +113,7 @@ def read_json_rows(path) -> list:
 
 # %% ../../nbs/appendix/corpus_tables.ipynb #d2c34fd8
 def need_pyarrow(path):
-    "The module `pyarrow.parquet`, to read `path`; `CmlfError` where it is not installed."
+    "The module `pyarrow.parquet`, to read `path`; `CmlfError` if it is not installed."
     try: import pyarrow.parquet as pq
     except ImportError:
         raise CmlfError(f"{path}: parquet needs pyarrow; pip install 'cmlf[data]'") from None
@@ -133,7 +136,7 @@ def _read_parquet(path) -> list:
 
 # %% ../../nbs/appendix/corpus_tables.ipynb #44e15004
 def sound_column(path) -> str:
-    "The column of a parquet file that holds sound, {bytes, path} or bytes called audio; else ''."
+    "Name of a parquet column with sound: {bytes, path}, or bytes if it is called audio; else ''."
     schema = parquet_schema(path)  # checks for pyarrow first
     from pyarrow import types
     for f in schema:
@@ -154,17 +157,17 @@ _READERS = {'.parquet': _read_parquet, '.jsonl': _read_jsonl}
 def read_rows(path, # csv (UTF-8, with or without BOM, any line ending), parquet or jsonl
               needs=(), # columns it must have
              ) -> list:
-    "[('FILE row N', {column: value}), ...]; `CmlfError` for broken rows, lost columns, no rows."
+    "[('FILE row N', {column: value}), ...]; `CmlfError` for bad rows, missing columns, no rows."
     table = _READERS.get(Path(path).suffix.lower(), _read_csv)(path)
     if not table: raise CmlfError(f'{path}: no rows below the header; download it again')
     has = table[0][1]
-    lost = [c for c in needs if c not in has]
-    if lost: raise CmlfError(f'{path} row 1: no column {lost[0]!r}; it has {", ".join(has)}')
+    missing = [c for c in needs if c not in has]
+    if missing: raise CmlfError(f'{path} row 1: no column {missing[0]!r}; it has {", ".join(has)}')
     return table
 
 # %% ../../nbs/appendix/corpus_tables.ipynb #9096f904
 def is_blank(value) -> bool:
-    "Whether a cell of a table holds nothing."
+    "Whether a cell of a table is empty."
     if isinstance(value, str): return not value.strip()
     return np.ndim(value) == 0 and pd.isna(value)
 
@@ -190,29 +193,29 @@ def checked_caption(value, where, column='caption') -> str: # a cell, 'FILE row 
 # %% ../../nbs/appendix/corpus_tables.ipynb #f51264dc
 def row_captions(row, # {column: value}
                  where, # 'FILE row N'
-                 spare=False, # whether the last columns may be blank
+                 allow_blank=False, # whether the last columns may be blank
                 ) -> list:
     "Captions of a row: `caption`, or `caption_1`, `caption_2`, ..."
     columns = sorted((c for c in row if re.fullmatch(r'caption_\d+', c)), key=lambda c: int(c[8:]))
     if bool(columns) == ('caption' in row):
         raise CmlfError(f'{where}: the columns should be caption, or caption_1, caption_2, ...')
     columns = columns or ['caption']
-    while spare and len(columns) > 1 and is_blank(row[columns[-1]]): columns.pop()
+    while allow_blank and len(columns) > 1 and is_blank(row[columns[-1]]): columns.pop()
     return [checked_caption(row[c], where, c) for c in columns]
 
 # %% ../../nbs/appendix/corpus_tables.ipynb #71984cfc
-def refuse_repeat(seen:dict, # {key: 'FILE row N'} so far; `key` is added
-                  key, # what may occur once
+def refuse_repeat(seen:dict, # {key: 'FILE row N'} of earlier rows; `key` is added
+                  key, # what must not occur twice
                   where:str, # 'FILE row N'
                   what:str, # name of `key`, for the message
                  ) -> None:
-    "Note where `key` was found; `CmlfError` if it was found before."
+    "Record where `key` was found; `CmlfError` if it was found before."
     before = seen.setdefault(key, where)
     if before is not where: raise CmlfError(f'{where}: {what} was already in {before}; remove one')
 
 # %% ../../nbs/appendix/corpus_tables.ipynb #857c8c94
 def _listed(value, where, column) -> list:
-    "The clips of a cell; in audio_filenames it is a list in Python's notation."
+    "The clips of a cell; a cell of audio_filenames is a list in Python's notation."
     if isinstance(value, (list, tuple, np.ndarray)): return list(value)
     if column != 'audio_filenames': return [cell_text(value)]
     try: found = ast.literal_eval(value)
@@ -224,8 +227,8 @@ def _listed(value, where, column) -> list:
 _PAIR_COLUMNS = dict(caption=('caption', 'query'),
                      clip=('file_name', 'path', 'clip', 'id', 'audio_filenames'))
 
-def read_right_pairs(path) -> list:
-    "[('FILE row N', caption, clip)] of a table of right pairs, or of JSON {caption: [clip, ...]}."
+def read_relevant_pairs(path) -> list:
+    "[('FILE row N', caption, clip)] of a table of relevant clips, or JSON {caption: [clip, ...]}."
     if path.suffix.lower() == '.json':
         found = _json_object(read_utf8(path), path).items()
         pairs = [(f'{path} caption {t!r:.60}', t, c) for t, c in found]
