@@ -25,16 +25,16 @@ from .features import SAMPLE_RATE, load_audio
 # %% ../nbs/04_layouts.ipynb #8705af81
 @dataclass(frozen=True)
 class Layout:
-    "One way in which a corpus is laid out on disk."
+    "One form of a corpus on disk."
     name:str
-    looks_for:str     # what has to be there, for people
+    looks_for:str     # description of its files, for messages
     entries:object    # function {what: table} -> entries
     find:object       # function path -> [({what: table}, folder of the sound), ...]
-    shortest:float=0  # share of `seconds` below which a length is wrong; 0: none is
-    folders:dict=field(default_factory=lambda: SPLIT_NAMES)  # {word in a folder's name: its place}
+    shortest:float=0  # share of `seconds` below which a length is wrong; 0: no limit
+    folders:dict=field(default_factory=lambda: SPLIT_NAMES)  # {word in its name: split or source}
 
 # %% ../nbs/04_layouts.ipynb #171a1a51
-# tables in these folders have their sound beside the folder, not inside
+# if the tables are in one of these folders, the sound is beside this folder, not inside
 _TABLE_FOLDERS = ('csv_files', 'csv_files_v1', 'csv_files_v2', 'dataset', 'dataset2.0',
                   'clotho_csv_files', 'json_files')
 _SOUND_FOLDERS = ('waveforms', 'audio', 'wavs', f'audio_{SAMPLE_RATE}Hz', 'audio_*Hz',
@@ -48,15 +48,15 @@ def _sound_folder(folder):
 # %% ../nbs/04_layouts.ipynb #bdc59121
 _SAME_NAMES = {s: s for s in SPLITS}
 _CLOTHO = dict(train='development', val='validation', test='evaluation')
-_CLOTHO_FOLDERS = {w: s for s, w in _CLOTHO.items()} | dict(test='', analysis='')  # uncaptioned
+_CLOTHO_FOLDERS = {w: s for s, w in _CLOTHO.items()} | dict(test='', analysis='')  # no captions
 
-def _folders(path, homes) -> list:
-    return [f for h in homes for f in (sorted(path.glob(h)) if '*' in h else [path/h])]
+def _folders(path, inside) -> list:
+    return [f for i in inside for f in (sorted(path.glob(i)) if '*' in i else [path/i])]
 
-def _find_csv(path, homes, table, column, splits=_SAME_NAMES) -> list:
-    "Every place below `path` with tables called `table`, {} being the split, that have `column`."
+def _find_csv(path, inside, table, column, splits=_SAME_NAMES) -> list:
+    "Folders below `path` with csv files named `table`, where {} is the split, that have `column`."
     hits = []
-    for folder in _folders(path, homes):
+    for folder in _folders(path, inside):
         files = {s: folder/table.format(w) for s, w in splits.items()}
         tables = {s: f for s, f in files.items() if f.is_file() and column in csv_header(f)}
         if tables: hits.append((tables, _sound_folder(folder)))
@@ -64,7 +64,7 @@ def _find_csv(path, homes, table, column, splits=_SAME_NAMES) -> list:
 
 # %% ../nbs/04_layouts.ipynb #540bf185
 def _one_place(path, files) -> list:
-    "All `files` below `path` as the tables of one corpus; none if there are no files."
+    "All `files` below `path` as the tables of one corpus; [] if there are no files."
     top = path if path.is_dir() else path.parent
     return [({f.relative_to(top).as_posix(): f for f in files}, top)] if files else []
 
@@ -72,11 +72,11 @@ def _globbed(path, *patterns) -> list:
     return list(dict.fromkeys(f for p in patterns for f in sorted(path.glob(p)) if f.is_file()))
 
 def _split_folders(path) -> list:
-    "The folder itself, data/ in it, and folders in both that are named by a split."
-    homes = [path, path/'data', path/'default']
-    inner = [f for h in homes if h.is_dir() for f in sorted(h.iterdir())
+    "The folder itself, data/ and default/ in it, and in all of them the folders named by a split."
+    tops = [path, path/'data', path/'default']
+    inner = [f for top in tops if top.is_dir() for f in sorted(top.iterdir())
              if f.is_dir() and f.name.lower() in SPLIT_WORDS]
-    return homes + inner
+    return tops + inner
 
 # %% ../nbs/04_layouts.ipynb #68757fa5
 _TABLES = 'csv', 'tsv', 'txt', 'jsonl', 'parquet'
@@ -92,7 +92,7 @@ def _find_parquet(path) -> list:
     if path.is_file(): return _one_place(path, list(filter(holds_sound, [path])))
     files = [f for h in _split_folders(path) for f in _globbed(h, '*.parquet')]
     if found := list(filter(holds_sound, files)):
-        for f in files: parquet_schema(f)  # a broken file is an error and not left out
+        for f in files: parquet_schema(f)  # a broken file is an error, never skipped
     return _one_place(path, found)
 
 # %% ../nbs/04_layouts.ipynb #3c4f9b3e
@@ -114,7 +114,7 @@ def _is_wavcaps(file) -> bool:
         re.match(r'\s*\{[^{}\[\]]*"data"\s*:\s*\[\s*\{', head))
 
 def _wavcaps_sound(file, top):
-    "The folder with the sound of WavCaps' JSON; with several sources, it is above json_files/."
+    "The folder with the sound of a WavCaps file: beside json_files/, or beside the file itself."
     above = [p for p in file.parents if p.name == 'json_files']
     return _sound_folder(above[0] if above else file.parent)
 
@@ -126,19 +126,19 @@ def _find_wavcaps(path) -> list:
     return [(tables, _wavcaps_sound(next(iter(tables.values())), top)) for tables, top in hits]
 
 # %% ../nbs/04_layouts.ipynb #9c49adec
-_AUDIOCAPS_HOMES = ('.', 'dataset', 'dataset2.0', 'csv_files', 'csv_files_v*', 'AUDIOCAPS',
+_AUDIOCAPS_FOLDERS = ('.', 'dataset', 'dataset2.0', 'csv_files', 'csv_files_v*', 'AUDIOCAPS',
                     'AUDIOCAPS/csv_files_v*')
 
 LAYOUTS = {l.name: l for l in [
     Layout('csv_files', 'csv_files/{train,val,test}.csv with file_name, beside waveforms/',
-           named_entries, partial(_find_csv, homes=('.', 'csv_files'), table='{}.csv',
+           named_entries, partial(_find_csv, inside=('.', 'csv_files'), table='{}.csv',
                                   column='file_name'), .5),
     Layout('audiocaps', '{train,val,test}.csv with youtube_id, or AUDIOCAPS/ of aac-datasets',
-           official_entries, partial(_find_csv, homes=_AUDIOCAPS_HOMES, table='{}.csv',
+           official_entries, partial(_find_csv, inside=_AUDIOCAPS_FOLDERS, table='{}.csv',
                                      column='youtube_id'), .9),
     Layout('clotho', 'clotho_captions_development.csv ..., or CLOTHO_v2.1/ of aac-datasets',
            named_entries, partial(_find_csv, table='clotho_captions_{}.csv', column='file_name',
-                                  homes=('.', 'clotho_csv_files', 'CLOTHO_v*/clotho_csv_files'),
+                                  inside=('.', 'clotho_csv_files', 'CLOTHO_v*/clotho_csv_files'),
                                   splits=_CLOTHO), .5, _CLOTHO_FOLDERS),
     Layout('wavcaps', 'JSON with data: [{id, caption}, ...], or WavCaps/json_files/',
            wavcaps_entries, _find_wavcaps, 0, {s: s for s in WAVCAPS_SOURCES}),
@@ -168,11 +168,11 @@ def _json_form(found) -> str:
 
 # %% ../nbs/04_layouts.ipynb #52087a39
 def _contents_of(path) -> str:
-    "What is at a path that is no corpus, for a message."
+    "What is at a path that is not a corpus, for a message."
     if path.is_file() and path.suffix.lower() == '.json':
         try: return _json_form(json.loads(read_utf8(path)))
         except (ValueError, CmlfError): return 'a .json file that is not JSON'
-    if path.is_file(): return f'a {path.suffix or "nameless"} file'
+    if path.is_file(): return f'a {path.suffix} file' if path.suffix else 'a file without extension'
     files = [f for f in sorted(path.iterdir()) if not f.name.startswith('.')]
     kinds = Counter('folder' if f.is_dir() else f.suffix.lower() or f.name for f in files)
     tables = [f for f in files if f.suffix.lower() in ('.csv', '.tsv', '.jsonl', '.parquet')]
@@ -207,15 +207,15 @@ def _read_file(clip, seconds):
     "The waveform of a clip, whose file was readable when the corpus was loaded."
     try: return load_audio(clip.source, seconds)
     except CmlfError as e:
-        raise CmlfError(f'clip {clip.id!r}: {e}; it has changed since the corpus was loaded: load '
-                        'it again') from None
+        raise CmlfError(f'clip {clip.id!r}: {e}; the file has changed since the corpus was loaded: '
+                        'load the corpus again') from None
 
 def _no_sound(clip):
     raise CmlfError(f'clip {clip.id!r}: the corpus has captions only; load it with its sound')
 
 # %% ../nbs/04_layouts.ipynb #0c8fd81f
 def _corpus_name(layout, path, entries) -> str:
-    "'audiocaps' where each file is called by a YouTube id, else the layout's or folder's name."
+    "'audiocaps' if all files are named by YouTube id, else the name of the layout or the folder."
     if layout.name in ('audiocaps', 'clotho', 'wavcaps'): return layout.name
     if all(e.names and re.fullmatch('Y' + YOUTUBE_ID, e.names[0]) for e in entries):
         return 'audiocaps'
@@ -224,9 +224,9 @@ def _corpus_name(layout, path, entries) -> str:
 def _description(name, layout, entries, tables) -> str:
     "Name and layout, whether splits were guessed, and which tables are missing."
     guessed = any(e.guessed for e in entries)
-    absent = missing_files(tables)
+    incomplete = missing_files(tables)
     return ', '.join([name, f'layout {layout.name}', *['split 80/10/10 by hash of path'] * guessed,
-                      *[f'only {absent}'] * bool(absent)])
+                      *[f'only {incomplete}'] * bool(incomplete)])
 
 # %% ../nbs/04_layouts.ipynb #e7b3116a
 def _with_sound(entries, name, layout, path, top, seconds) -> tuple:

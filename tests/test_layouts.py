@@ -410,7 +410,7 @@ def test_a_file_that_breaks_later_is_named(tmp_path):
     (tmp_path/'b.flac').write_bytes((tmp_path/'b.flac').read_bytes()[:4000])
     for read in (lambda: c.waveform(1), lambda: build_store(tmp_path/'store', c.keys, c.waveform, LogMel(), 2, workers=2)):
         message = refusal(read)
-        assert message.startswith("clip 'b.flac': ") and 'b.flac: cut off' in message and 'load it again' in message
+        assert message.startswith("clip 'b.flac': ") and 'b.flac: cut off' in message and 'load the corpus again' in message
     assert load_corpus(tmp_path/'m.csv', 2).coverage == '1 of 2 clips'
 
 
@@ -482,7 +482,7 @@ def test_nothing_of_the_reader_is_overwritten(tmp_path):
     manifest = write(tmp_path/'manifest.csv', 'path,caption,split\nrain.wav,Rain,train\nwind.wav,Wind,test\n')
     c = load_corpus(tmp_path, .5)
     before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
-    assert 'rain.wav: there already, and another; give a new folder' in refusal(write_corpus, c, tmp_path)
+    assert 'rain.wav: exists with other content; give a new folder' in refusal(write_corpus, c, tmp_path)
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before and manifest in before
 
 
@@ -576,7 +576,7 @@ def test_bad_right_pairs(tmp_path):
     assert 'row 2: audio_filenames is' in message('query,audio_filenames\nWind,__import__("os").system("touch hacked")\n'.replace('"', "'"))
     assert "right.json caption 'Wind': clotho has no clip 'Sea'" in message('{"Wind": ["Door", "Sea"]}', 'right.json')
     assert "right.json caption 'Wind': clip 7 is not text" in message('{"Wind": [7]}', 'right.json')
-    assert 'no such file of right pairs' in refusal(read_relevance, tmp_path/'no.csv', c)
+    assert 'no such file of relevant clips' in refusal(read_relevance, tmp_path/'no.csv', c)
     both = Corpus('x', [Clip(f'{s}/Door', s, ('door',), ('Door',), f'recipe {s}') for s in ('train', 'test')], None, 1)
     assert "'Door.wav' may be any of 2 clips" in refusal(read_relevance, write(tmp_path/'r.csv', 'caption,clip\nDoor,Door.wav\n'), both)
     assert read_relevance(write(tmp_path/'r.csv', 'caption,clip\nDoor,train/Door\n'), both) == [{0}, {1, 0}]
