@@ -31,7 +31,7 @@ _CLASSES = {'dog bark': 'dog', 'baby cry': 'crying_baby', 'person sneeze': 'snee
             'fire crackling': 'crackling_fire'}  # ESC-10's names where ESC-50's differ
 
 def _kind_of(label, where, kinds):
-    "The kind of event that a class folder or a csv category stands for."
+    "The kind of event of a class folder or a csv category."
     name = re.sub(r'^\d+\s*-\s*', '', label).strip().lower()
     kind = _CLASSES.get(name, name.replace(' ', '_'))
     return one_of(kind, kinds, f'class {label!r} in {where}: event')
@@ -164,7 +164,7 @@ class Recordings:
     sources:dict           # split -> kind -> paths relative to the folder
     render_source:object   # (kind, source, seconds, rate, pitch, r) -> waveform
     version:str            # hash of the names and sizes of the files
-    credits:dict           # path -> who recorded it
+    credits:dict           # path -> author and licence
 
 def read_recordings(folder:Path, # in the layout of ESC-10 or ESC-50
                     kinds:dict, # known kind of event -> whether it is continuous
