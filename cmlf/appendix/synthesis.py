@@ -37,12 +37,12 @@ def band(x, # waveform
          lo, # lowest frequency in Hz; None: no lower limit
          hi=None, # highest frequency in Hz; None: no upper limit
         ) -> np.ndarray:
-    "`x` between two frequencies, by a Butterworth filter of second order."
+    "The part of `x` between two frequencies, from a Butterworth filter of second order."
     return signal.sosfilt(_filter(lo and round(lo), hi and round(hi)), x)
 
 # %% ../../nbs/appendix/synthesis.ipynb #c36a3908
 def _phase(f):
-    "Position in the cycle, in [0, 1), of a wave with frequency `f` at every sample."
+    "Phase in cycles, in [0, 1), of a wave with frequency `f` at every sample."
     phase = np.cumsum(f)/SAMPLE_RATE
     return phase - np.floor(phase)
 
@@ -58,7 +58,7 @@ def steady(f:float, # frequency in Hz
 
 # %% ../../nbs/appendix/synthesis.ipynb #3db01505
 def arch(n):
-    "A rounded rise and fall over `n` samples."
+    "A smooth rise and fall over `n` samples."
     return np.sin(np.pi*np.arange(n)/n)**.7
 
 def decay(n:int, # samples
