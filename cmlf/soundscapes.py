@@ -28,8 +28,8 @@ class Kind:
     "A kind of event and its phrases."
     name:str
     family:str
-    attributes:tuple  # audible on this kind: 'loud', 'faint', 'distant', 'high', 'low', ...
-    continuous:bool   # whether it can be the background of another
+    attributes:tuple  # audible for this kind: 'loud', 'faint', 'distant', 'high', 'low', ...
+    continuous:bool   # whether it can be the background of another event
     clauses:tuple     # 'a dog barks/barking'
     nouns:tuple       # 'barking of a dog', to be read after 'the'
 
@@ -57,7 +57,7 @@ class Library:
     sources:dict   # split -> kind -> tuple of source names
     render_source:object  # (kind, source, seconds, rate, pitch, r) -> waveform
     version:str    # changes when any waveform changes
-    credits:dict = field(default_factory=dict)  # source -> who recorded it
+    credits:dict = field(default_factory=dict)  # source -> author and licence
     separate_pitch:bool = True  # whether pitch can change without rate
 
     @property
@@ -71,7 +71,7 @@ class Library:
         return dict(found)
 
     def attributes(self, kind:str):
-        "Attributes that are audible on a kind of this library."
+        "Attributes that are audible for a kind of this library."
         a = EVENTS[kind].attributes
         if self.separate_pitch or 'high' not in a: return a
         return tuple(x for x in a if x not in ('fast', 'slow'))
@@ -79,14 +79,14 @@ class Library:
     def render(self, kind:str, source:str, # one of `sources[split][kind]`
                seconds:float, attribute:str='', # '' for a normal event
                r=None): # random stream for details that the source does not determine
-        "The event alone: `round(seconds*32000)` samples, as loud as the attribute requires."
+        "A single event: `round(seconds*32000)` samples, with the level of its attribute."
         rate, pitch = _FACTORS.get(attribute, (1, 1))
         r = r or rng(0, 'render', source)
         return _set_level(self.render_source(kind, source, seconds, rate, pitch, r), attribute, r)
 
 # %% ../nbs/05_soundscapes.ipynb #4da22dde
 def level(x) -> float:
-    "Root mean square of the blocks of 50 ms of `x` that are not silent."
+    "Root mean square of `x` over those blocks of 50 ms that are not silent."
     block = SAMPLE_RATE//20
     e = np.square(np.pad(x, (0, -len(x) % block))).reshape(-1, block).mean(1)
     return float(np.sqrt(e[e >= e.max()/100].mean()))
@@ -96,7 +96,7 @@ _DB = {'': -27, 'loud': -18, 'faint': -39, 'distant': -33}
 
 @functools.lru_cache(None)
 def _echo_spectrum(n):
-    "Spectrum of a weak direct sound and half a second of fading, low-frequency noise."
+    "Spectrum of an echo: a weak direct sound, and half a second of decaying low-frequency noise."
     tail = rng(0, 'echo').uniform(-1, 1, SAMPLE_RATE//2)*decay(SAMPLE_RATE//2, .13)
     tail = band(tail, 150, 1400); tail /= np.sqrt(np.square(tail).sum())
     tail[0] += .6
@@ -117,7 +117,7 @@ TAKES = dict(train=120, val=40, test=40)  # sources per kind
 
 @functools.lru_cache(None)
 def synth_library() -> Library:
-    "Synthesised events. Streams of different splits have different names, so they share no draw."
+    "Synthesised events; the streams of different splits have different names."
     sources = {s: {k: tuple(f'{k}/{s}/{i}' for i in range(n)) for k in SYNTHESISED}
                for s, n in TAKES.items()}
     def render_source(kind, source, seconds, rate, pitch, r):
@@ -163,7 +163,7 @@ _LEVELS = 'loud', 'faint', 'distant'
 def _pick(r, items): return items[r.integers(len(items))]
 
 def _attribute(r, library, kind, relation, place):
-    "None in half of the cases; none for a background; no change of level in front of one."
+    "An attribute in half of the cases; never for a background, no level in front of a background."
     if relation == 'background' and place: return ''
     known = library.attributes(kind)
     if relation == 'background': known = [a for a in known if a not in _LEVELS]
@@ -171,7 +171,7 @@ def _attribute(r, library, kind, relation, place):
 
 # %% ../nbs/05_soundscapes.ipynb #75cdeeb2
 def _new_scene(r, library):
-    "An independent scene, still without sources."
+    "An independent scene, without sources."
     relation, left, events = _pick(r, _ODDS), list(library.kinds), []
     for place in range(_COUNT[relation]):
         is_background = relation == 'background' and place
@@ -211,7 +211,7 @@ def draw_scenes(library:Library, # kinds of events and their sources
                 seed:int, # corpus seed
                 stream:str='', # another stream gives other scenes
                ) -> list:
-    "`n` scenes; a longer list begins with the shorter one."
+    "`n` scenes; a larger `n` adds scenes at the end."
     r, scenes, seen, rejected = rng(seed, 'scenes', library.name, split, stream), [], set(), 0
     while len(scenes) < n:
         vary = scenes and r.integers(2)
@@ -227,7 +227,7 @@ def draw_scenes(library:Library, # kinds of events and their sources
     return scenes
 
 def _add_sources(r, library, split, events):
-    "The events, each with a source of the split."
+    "The events with a source of the split for each."
     return tuple(Event(e.kind, e.attribute, _pick(r, library.sources[split][e.kind]))
                  for e in events)
 
@@ -241,7 +241,7 @@ def _time_slots(relation, seconds, r):
 
 # %% ../nbs/05_soundscapes.ipynb #fa8beaa7
 def _background_noise(r, n):
-    "Noise with mostly low frequencies, at -62 to -48 dB."
+    "Noise with mainly low frequencies, at -62 to -48 dB."
     x = signal.lfilter([.06], [1, -.94], r.uniform(-1, 1, n)) + .03*r.uniform(-1, 1, n)
     return x*(10**(r.uniform(-62, -48)/20)/np.sqrt(np.square(x).mean()))
 
@@ -349,14 +349,14 @@ def _as_corpus(library, parts, seconds, description):
     return corpus
 
 # %% ../nbs/05_soundscapes.ipynb #35e33a12
-def compose(profile:Profile, # its corpus is 'synthesised' or 'recordings'
+def compose(profile:Profile, # its source is 'synthesised' or 'recordings'
             events_dir=None, # folder of recordings; None: CMLF_ESC_DIR
            ) -> Corpus:
-    "The corpus of a profile: one caption for each training scene, five for the others."
+    "The corpus of a profile, with one caption for each training scene and five for the others."
     library, parts = _library(profile, events_dir), []
     for split in SPLITS:
         n = getattr(profile.corpus, f'n_{split}')
-        if n < 1: raise CmlfError(f'setting n_{split}={n}: say how many scenes to compose')
+        if n < 1: raise CmlfError(f'setting n_{split}={n}: give the number of scenes')
         scenes = draw_scenes(library, split, n, profile.corpus.corpus_seed)
         parts.append((split, scenes, 1 if split == 'train' else 5))
     description = (f'Scenes of one to three of {len(library.kinds)} kinds of event, '
@@ -369,7 +369,7 @@ def tagging_corpus(profile:Profile, # its `pretrain_scenes` is the number of sce
                   ) -> Corpus:
     "Scenes tagged with their kinds, for pre-training; train and val from training sources only."
     library, n = _library(profile, events_dir), profile.tagger.pretrain_scenes
-    if n < 1: raise CmlfError(f'setting pretrain_scenes={n}: say how many scenes to tag')
+    if n < 1: raise CmlfError(f'setting pretrain_scenes={n}: give the number of scenes')
     total, seed = n + max(16, n//10), profile.corpus.corpus_seed
     scenes = draw_scenes(library, 'train', total, seed, '/tagging')
     parts = [('train', scenes[:n], 1), ('val', scenes[n:], 1)]
