@@ -38,7 +38,7 @@ def fit(wave, # (..., samples)
     "A copy (..., `seconds` * `sample_rate`) of `wave`, cut or padded with zeros at the end."
     n = round(seconds * sample_rate)
     if n < 1:
-        raise CmlfError(f'a clip cannot last seconds={seconds}: give a number above zero')
+        raise CmlfError(f'seconds={seconds} should be above zero: it is the length of a clip')
     wave = np.asarray(wave, dtype=np.float32)[..., :n]
     return np.pad(wave, [(0, 0)] * (wave.ndim - 1) + [(0, n - wave.shape[-1])])
 
