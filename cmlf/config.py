@@ -30,7 +30,7 @@ def _tuple(value, cast, key):
 
 # %% ../nbs/01_config.ipynb #d798c479
 def typed(key:str, # name of the setting, for messages
-          value, # as Python, JSON or text gives it
+          value, # from Python, JSON or text
           cast:type, # bool, int, float, str or tuple
           item:type=str, # type of the members of a tuple
          ):
