@@ -1,4 +1,4 @@
-"""The code that results depend on, as hashes that are kept in pinned.json.
+"""Hashes of the code that results depend on, stored in pinned.json. After a change of code:
 
     python tests/pinned.py NAME "a sentence: why results change, or why they stay the same"
 """
@@ -11,7 +11,7 @@ FILE = Path(__file__).with_name('pinned.json')
 _KEYS = ('READS reads run_profile run_config contents not_default modules _key key spec parents RunSpec '
          '_ALWAYS _MODULES _DUAL').split()
 
-PARTS = {   # a version -> its modules; of some modules only the definitions of these names
+PARTS = {   # name in RUN_VERSION -> {module: None, or names of the definitions that count}
     'core': {'core': None, 'config': None},
     'features': {'features': None},
     'data': {'data': None, 'layouts': None, 'appendix/corpus_tables': None, 'appendix/entries': None, 'appendix/probes': None},
@@ -24,7 +24,7 @@ PARTS = {   # a version -> its modules; of some modules only the definitions of 
     'reproduce': {'experiments': None, 'runs': _KEYS}}
 
 class _Bare(ast.NodeTransformer):
-    "Without docstrings; comments are no part of a tree."
+    "Removes docstrings; a syntax tree has no comments."
     def generic_visit(self, node):
         super().generic_visit(node)
         body = getattr(node, 'body', None)
@@ -37,7 +37,7 @@ def _names(node):
     return {t.id for t in getattr(node, 'targets', []) if isinstance(t, ast.Name)}
 
 def hash_of(source:str, only=None) -> str:
-    "A hash of code, comments and docstrings aside; `only` definitions of these names, or all."
+    "A hash of code without comments and docstrings; `only`: names of the definitions that count; None: all."
     nodes = [n for n in _Bare().visit(ast.parse(source)).body if only is None or _names(n) & set(only)]
     nodes = [n for n in nodes if '__all__' not in _names(n)]
     return hashlib.sha256('\n'.join(map(ast.unparse, nodes)).encode()).hexdigest()[:16]

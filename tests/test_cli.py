@@ -1,4 +1,4 @@
-"The command line as a person or a script meets it."
+"The `cmlf` command: help, results, and one line for each kind of bad input."
 import json
 
 import numpy as np
@@ -22,10 +22,10 @@ from command import assert_refused, cmlf
     (['reproduse'], ['reproduse']),
     (['reproduce', '--profle', 'mini'], ['--profle']),
 ])
-def test_bad_input_is_one_line(arguments, words, tmp_path):
+def test_bad_input_gives_one_line(arguments, words, tmp_path):
     assert_refused(cmlf(*arguments, CMLF_RUNS=str(tmp_path)), *words)
 
-def test_field_without_recordings_says_how(tmp_path):
+def test_field_without_recordings_names_the_variable(tmp_path):
     assert_refused(cmlf('reproduce', '--profile', 'field', CMLF_RUNS=str(tmp_path), CMLF_ESC_DIR=''), 'CMLF_ESC_DIR')
 
 def test_an_empty_folder_of_recordings_is_named(tmp_path):
@@ -57,14 +57,14 @@ def test_mine_your_own_vectors(tmp_path):
     assert_refused(cmlf('mine', vectors, '--kind', 'hardest'), 'hardest', 'hard')
     assert_refused(cmlf('mine', vectors, '--out', tmp_path/'batches.csv'), 'batches.csv', '.npy')
     np.save(vectors, np.ones((64, 3)) + 1e-3 * np.random.default_rng(0).normal(size=(64, 3)))
-    alike = cmlf('mine', vectors, '--batch-size', 16, '--near-duplicates', 0.9, '--no-bound', '--json')
-    assert alike.returncode == 0 and '64 of 64 vectors are in one group' in alike.stderr and json.loads(alike.stdout)['spread'] == 1
+    similar = cmlf('mine', vectors, '--batch-size', 16, '--near-duplicates', 0.9, '--no-bound', '--json')
+    assert similar.returncode == 0 and '64 of 64 vectors are in one group' in similar.stderr and json.loads(similar.stdout)['spread'] == 1
     np.save(vectors, np.full((40, 3), np.nan))
     assert_refused(cmlf('mine', vectors), 'vector 0', 'not finite')
 
 @pytest.fixture(scope='module')
 def own_sounds(tmp_path_factory):
-    "40 sounds with one caption each, as a user would have them: tones of 8 pitches, in a manifest."
+    "A manifest of 40 sounds with one caption each: tones of 8 pitches."
     import soundfile
     folder = tmp_path_factory.mktemp('own')
     rows = []
@@ -91,22 +91,22 @@ def test_train_and_evaluate_on_your_own_sounds(own_sounds, tmp_path):
     assert again['t2a'] == facts['t2a']
     assert_refused(cmlf('train', '--data', own_sounds, '--out', tmp_path/'run'), 'holds a finished run')
 
-def test_bad_corpora_and_runs_are_one_line(own_sounds, tmp_path):
+def test_bad_corpora_and_runs_give_one_line(own_sounds, tmp_path):
     assert_refused(cmlf('evaluate', tmp_path, '--data', own_sounds), str(tmp_path), 'cmlf train')
     assert_refused(cmlf('train', '--data', tmp_path/'none.csv', '--out', tmp_path/'run'), 'none.csv')
     broken = own_sounds.with_name('broken.csv')
     broken.write_text('path,caption,split\n00.wav,,train\n')
     assert_refused(cmlf('train', '--data', broken, '--out', tmp_path/'run'), 'broken.csv', '2')
 
-def test_rows_that_lack_a_file_are_refused_before_any_work(own_sounds, tmp_path):
+def test_rows_with_missing_files_give_an_error_before_training(own_sounds, tmp_path):
     on_disk = ['reproduce', '--profile', 'smoke', '--set', 'corpus=manifest', '--data', own_sounds, '--runs', tmp_path]
     assert_refused(cmlf(*on_disk), 'PANNs', '--only')
     assert_refused(cmlf(*on_disk, '--only', '*scratch* experts* ce*'), 'expert_features', '--only')
     assert_refused(cmlf(*on_disk, '--set', 'panns=none.pth'), 'none.pth')
     assert not list(tmp_path.rglob('*.partial'))
 
-def test_a_silent_recording_or_a_text_file_is_named(own_sounds, tmp_path):
-    "Unreadable sound is missing sound: it is in the coverage report, and named when nothing else is left."
+def test_an_unreadable_file_is_named(own_sounds, tmp_path):
+    "Unreadable files count as missing in the coverage report; if no clip is left, the error names a file."
     folder = tmp_path/'broken'
     folder.mkdir()
     (folder/'a.wav').write_text('no sound')

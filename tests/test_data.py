@@ -1,4 +1,4 @@
-"Every layout on files of its real form, every kind of bad input, and AudioCaps' own captions."
+"Every layout with small files of the real format, every kind of bad input, and the captions of AudioCaps."
 import json, os
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def test_csv_files(tmp_path, waveforms, eol, bom, ext):
     assert c.coverage == '4 of 4 clips' and (c.coverage_report.status == 'present').all()
 
 
-def test_a_folder_of_csv_files_may_be_given_itself(tmp_path):
+def test_the_csv_files_folder_can_be_given(tmp_path):
     root = csv_files(tmp_path/'AudioCaps')
     assert load_corpus(root/'csv_files', .5).hash == load_corpus(root, .5).hash
 
@@ -183,7 +183,7 @@ def test_two_segments_of_one_video_are_two_clips(tmp_path):
     corpus = load_corpus(tmp_path, .5)
     assert [x.id for x in corpus.clips] == [f'{a}_30', b, c, f'{a}_60'] and corpus.clips[3].captions == ('hail', 'it hails')
     assert corpus.clips[0].source.endswith('_30.flac') and corpus.clips[3].source.endswith('_60.flac')
-    (tmp_path/'audio'/'train'/f'{a}_30.flac').rename(tmp_path/'audio'/'train'/f'{a}.flac')  # of which segment is it?
+    (tmp_path/'audio'/'train'/f'{a}_30.flac').rename(tmp_path/'audio'/'train'/f'{a}.flac')  # the file name does not tell which segment it is
     corpus = load_corpus(tmp_path, .5)
     assert len(corpus) == 3 and corpus.coverage_report.reason[0].startswith('only found as ')
 
@@ -217,7 +217,7 @@ def test_clotho(tmp_path, folder):
 
 
 @pytest.mark.parametrize('on_disk', ['rain&storm.wav', 'rain&amp;storm.wav'])
-def test_clotho_names_are_found_as_archives_spell_them(tmp_path, on_disk):
+def test_clotho_names_are_found_as_spelt_in_archives(tmp_path, on_disk):
     clotho(tmp_path, tmp_path)
     folder = tmp_path/'clotho_audio_development'
     (folder/'rain&amp;storm.wav').rename(folder/on_disk)
@@ -391,7 +391,7 @@ def test_half_a_parquet(tmp_path):
     with pytest.raises(CmlfError, match='m.parquet: not parquet'): load_corpus(tmp_path/'m.parquet', .5)
 
 
-def test_places_that_hold_nothing(tmp_path):
+def test_folders_without_a_corpus(tmp_path):
     with pytest.raises(CmlfError, match='no such file or folder'): load_corpus(tmp_path/'x', .5)
     with pytest.raises(CmlfError, match='no corpus found; looked for .*csv_files.*AUDIOCAPS.*clotho.*path'): load_corpus(tmp_path, .5)
     root = csv_files(tmp_path/'a')
@@ -452,10 +452,10 @@ def test_files_are_probed_once_and_again_when_they_change(tmp_path, monkeypatch)
 
 def test_interrupted_probing_resumes(tmp_path, monkeypatch, cache):
     root, real, probed = csv_files(tmp_path/'a'), probes.probe, []
-    def dies(path, seconds):
+    def interrupted_probe(path, seconds):
         if 'vfY_TJq7n_U' in path: raise KeyboardInterrupt
         return real(path, seconds)
-    monkeypatch.setattr(probes, 'probe', dies)
+    monkeypatch.setattr(probes, 'probe', interrupted_probe)
     with pytest.raises(KeyboardInterrupt): load_corpus(root, .5)
     stored = cache/'probes.jsonl'
     assert len(probes._stored_probes(stored)) == 2
@@ -491,7 +491,7 @@ def test_linked_folders_are_walked_once(tmp_path):
 
 # --- pools
 
-def test_pools_never_share_a_table(tmp_path):
+def test_different_pools_are_refused_in_one_table(tmp_path):
     root = csv_files(tmp_path/'a')
     whole = load_corpus(root, .5).split('train')
     (root/'waveforms'/'Y7fmOlUlwoNg.wav').unlink()
@@ -545,7 +545,7 @@ def test_groups():
     with pytest.raises(CmlfError): c.groups('captions')
 
 
-def test_any_caption_links_not_the_first_alone():
+def test_any_common_caption_links_two_clips():
     captions = [('a dog', 'barking'), ('a bell', 'it rings'), ('woof', 'barking'), ('woof', 'a hound')]
     c = Corpus('x', [Clip(str(i), 'train', t, t, f'recipe {i}') for i, t in enumerate(captions)], None, 1)
     assert same(c.groups()) == same(c.groups('caption')) == [[1, 0, 1, 1], [0, 1, 0, 0], [1, 0, 1, 1], [1, 0, 1, 1]]
@@ -576,14 +576,14 @@ def test_groups_against_a_search_and_in_any_order():
         assert (np.array(same(shuffled.groups())) == near[order][:, order]).all()
 
 
-def test_labels_are_what_they_were_where_no_more_is_linked():
+def test_labels_of_equal_captions_and_meanings():
     texts = ['wind', 'rain', 'wind', 'hail', 'rain', 'a "dog"', 'a']
     clips = [Clip(str(i), 'train', (t,), (t,), f'recipe {i}', meaning='m' * (t == 'hail')) for i, t in enumerate(texts)]
-    says = [c.meaning or f'"{c.captions[0]}"' for c in clips]
-    assert Corpus('x', clips, None, 1).groups().tolist() == np.unique(says, return_inverse=True)[1].tolist()
+    labels = [c.meaning or f'"{c.captions[0]}"' for c in clips]
+    assert Corpus('x', clips, None, 1).groups().tolist() == np.unique(labels, return_inverse=True)[1].tolist()
 
 
-def test_groups_of_fifty_thousand_clips_take_a_moment():
+def test_groups_of_fifty_thousand_clips_are_fast():
     import time
     generator = rng(0, 'many')
     captions = [tuple(f'c{k}' for k in row) for row in generator.integers(0, 400000, (50000, 5))]
@@ -622,7 +622,7 @@ def test_keys_without_a_coverage_report_follow_the_file(tmp_path):
     assert key() != first
 
 
-def test_the_reader_travels_to_another_process(tmp_path):
+def test_the_reader_can_be_pickled(tmp_path):
     import pickle
     c = load_corpus(csv_files(tmp_path/'a'), .5)
     assert (pickle.loads(pickle.dumps(c.read))(c.clips[0]) == c.waveform(0)).all()
@@ -666,5 +666,5 @@ def test_audiocaps_with_some_sound(audiocaps, tmp_path):
     assert c.split('test').coverage == '6 of 957 clips' and (c.coverage_report.status == 'missing').sum() == 49274 + 494 + 951
 
 
-def test_cleaning_is_the_baselines():
+def test_cleaning_as_in_the_baseline():
     assert clean_caption('A man , a dog.Then  "woof";ok?') == 'a man a dog then woof ok'

@@ -132,7 +132,7 @@ def test_pickle_with_code_is_not_run(tmp_path, legacy):
 
 @pytest.mark.parametrize('content', [b'', b'not a checkpoint', b'PK\x03\x04 half a zip', bytes(range(256)) * 9])
 @pytest.mark.parametrize('name', ['x.pth', 'x.safetensors'])
-def test_garbage_is_one_line(tmp_path, content, name):
+def test_damaged_files_give_one_line(tmp_path, content, name):
     (tmp_path/name).write_bytes(content)
     with pytest.raises(CmlfError, match='not loaded') as e: read_panns(tmp_path/name)
     assert '\n' not in str(e.value)
@@ -155,7 +155,7 @@ NAME = 'resnet.layer3.5.conv2.weight'
     (lambda m: m.pop('logmel_extractor.melW'), r'missing: 1 \(logmel_extractor.melW\)'),
     (lambda m: [m.pop(k) for k in list(m) if k.startswith('resnet')], r'missing: 210 \('),
 ])
-def test_what_does_not_fit_is_named(tmp_path, change, message):
+def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
     model = entries(1)
     change(model)
     encoder = ResNet38(1)
@@ -230,7 +230,7 @@ def test_narrow_audio_encoder_trains_in_bf16():
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    "A small random BERT with its tokenizer, saved as anybody would."
+    "A small random BERT with its tokenizer, saved by save_pretrained."
     path = tmp_path_factory.mktemp('bert')
     tokenizer = transformers.AutoTokenizer.from_pretrained(packaged_minilm())
     config = transformers.BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -262,7 +262,7 @@ def test_folder_of_another_kind_is_refused(tmp_path):
     transformers.GPT2Config(n_layer=1).save_pretrained(tmp_path)
     with pytest.raises(CmlfError, match=r"'gpt2'\. Known: bert"): load_bert(str(tmp_path))
 
-def test_roberta_is_bert_enough(folder, tmp_path):
+def test_roberta_is_accepted(folder, tmp_path):
     config = transformers.RobertaConfig(vocab_size=30600, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                                         intermediate_size=32, pad_token_id=0)
     transformers.RobertaModel(config).save_pretrained(tmp_path)
@@ -296,17 +296,17 @@ def pieces(type):
     return tokenizer
 
 def text_folder(path, type, settings=(), max_positions=40, **config):
-    "A folder as the hub has it; `settings` goes into tokenizer_config.json."
+    "A folder as on the hub; `settings` is added to tokenizer_config.json."
     path.mkdir(parents=True, exist_ok=True)
     if type == 'bert':
         transformers.AutoTokenizer.from_pretrained(packaged_minilm()).save_pretrained(path)
-        about = json.loads((path/'tokenizer_config.json').read_text())
+        settings_file = json.loads((path/'tokenizer_config.json').read_text())
     else:
         pieces(type).save(str(path/'tokenizer.json'))
         names = dict(bos_token='<s>', eos_token='</s>', cls_token='<s>', sep_token='</s>', unk_token='<unk>', pad_token='<pad>',
                      mask_token='<mask>')
-        about = names | dict(tokenizer_class=dict(zip(OFFSET, ('RobertaTokenizer', 'XLMRobertaTokenizer', 'CamembertTokenizer')))[type])
-    (path/'tokenizer_config.json').write_text(json.dumps(about | dict(settings)))
+        settings_file = names | dict(tokenizer_class=dict(zip(OFFSET, ('RobertaTokenizer', 'XLMRobertaTokenizer', 'CamembertTokenizer')))[type])
+    (path/'tokenizer_config.json').write_text(json.dumps(settings_file | dict(settings)))
     sizes = dict(vocab_size=30522, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     config = transformers.AutoConfig.for_model(type, **sizes | dict(max_position_embeddings=max_positions) | config)
     torch.manual_seed(1)
@@ -321,7 +321,7 @@ def caption_of(encoder, n):
     return next(c for c in captions if len(encoder.tokenizer(c, verbose=False)['input_ids']) == n)
 
 def reference(folder, rows):
-    "What transformers gives for each caption alone."
+    "Outputs of transformers for each caption separately."
     model = transformers.AutoModel.from_pretrained(folder).eval()
     with torch.no_grad(): return [model(torch.tensor([r])).last_hidden_state[0] for r in rows]
 
@@ -416,7 +416,7 @@ def test_long_captions_are_named_and_counted():
     with pytest.raises(CmlfError, match='1 names for 5 captions'): text.tokenize(captions, names[:1])
 
 @pytest.mark.parametrize('thing', [None, float('nan'), 3, b'rain', ['a', 'dog']])
-def test_what_is_not_text_is_named(thing):
+def test_captions_that_are_not_text_are_named(thing):
     text = TextEncoder('tiny')
     with pytest.raises(CmlfError, match='my.csv row 3: caption .* is not text'):
         text.tokenize(['rain', thing], ['my.csv row 2', 'my.csv row 3'])
@@ -448,7 +448,7 @@ def test_vocabulary_beyond_the_word_table(tmp_path, type):
     refused(text_folder(tmp_path/'m', type, vocab_size=30), r'its tokenizer has ids up to \d+, but its word table has 30 rows')
 
 def test_special_tokens_beyond_the_word_table(tmp_path):
-    "They do no harm before a caption holds one."
+    "They cause no error until a caption contains one."
     n = len(pieces('camembert').get_vocab())
     text = TextEncoder(str(text_folder(tmp_path/'m', 'camembert', vocab_size=n)))
     assert len(text.tokenizer) > n
@@ -502,7 +502,7 @@ class NoNetwork:
     def __init__(self, *a, **k): raise AssertionError('a socket was opened')
 
 def dual(name, pool='cls', train_word_table=True):
-    "A small dual encoder whose weights and running statistics are not those of any construction."
+    "A small dual encoder with random weights and random running statistics."
     torch.manual_seed(2)
     model = DualEncoder(ResNet38(2, 0.3, 0.1, True, 7), TextEncoder(str(name), pool, 0.3, train_word_table), 8, 12)
     for v in model.state_dict().values():
@@ -521,7 +521,7 @@ def test_saved_model_needs_its_folder_only(tmp_path, name, monkeypatch):
     os.rename(tmp_path/'saved', tmp_path/'moved')
     shutil.rmtree(tmp_path/'m', ignore_errors=True)
     monkeypatch.setattr('socket.socket', NoNetwork)
-    for room in ('encoders', 'appendix.bert'): monkeypatch.setattr(f'cmlf.{room}.packaged_minilm', lambda: tmp_path/'gone')
+    for module in ('encoders', 'appendix.bert'): monkeypatch.setattr(f'cmlf.{module}.packaged_minilm', lambda: tmp_path/'gone')
     state = torch.get_rng_state()
     found = DualEncoder.load(tmp_path/'moved')
     assert torch.equal(torch.get_rng_state(), state)  # draws nothing from the caller's stream

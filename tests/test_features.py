@@ -1,4 +1,4 @@
-"Files of many formats, killed builds, two builders at once, bad files."
+"Audio files of many formats, damaged files, and stores: interrupted builds, two builds at once."
 import multiprocessing as mp
 import os
 import signal
@@ -98,7 +98,7 @@ def test_one_window_is_enough(tmp_path):
     assert load_audio(tmp_path / 'a.wav').shape == (N_FFT,)
 
 
-def test_truncated_file_gives_what_it_holds_or_its_name(tmp_path):
+def test_a_truncated_file_gives_its_rest_or_an_error(tmp_path):
     for ext in ('wav', 'flac', 'ogg'):
         sf.write(tmp_path / f'a.{ext}', np.random.default_rng(0).uniform(-.5, .5, SAMPLE_RATE), SAMPLE_RATE)
         data = (tmp_path / f'a.{ext}').read_bytes()
@@ -109,10 +109,10 @@ def test_truncated_file_gives_what_it_holds_or_its_name(tmp_path):
             assert f'cut.{ext}' in str(e)
 
 
-# ---- ordinary sound is what it always was; codecs that cannot seek, files that break, channels that cancel
+# ---- valid files give the same as one plain read; codecs that cannot seek, damaged files, channels that cancel
 
-def plainly(path, seconds):
-    "A sound without any checks of the file: one read, channels averaged."
+def plain_read(path, seconds):
+    "The reference: one read without checks, channels averaged."
     with sf.SoundFile(str(path)) as f:
         wave, rate = f.read(-1 if seconds is None else int(np.ceil((seconds + .5) * f.samplerate)),
                             dtype='float32', always_2d=True), f.samplerate
@@ -128,13 +128,13 @@ def noise(samples, channels=1, seed=0):
 @pytest.mark.parametrize('ext,subtype,atol', [*FORMATS, ('ogg', 'OPUS', 0), ('au', 'ULAW', 0), ('caf', 'ALAC_16', 0)])
 @pytest.mark.parametrize('channels', [1, 2])
 @pytest.mark.parametrize('seconds', [None, 1.5, 4])
-def test_ordinary_sound_is_bit_for_bit_what_one_read_gives(tmp_path, monkeypatch, ext, subtype, atol, channels, seconds):
+def test_valid_files_equal_one_plain_read(tmp_path, monkeypatch, ext, subtype, atol, channels, seconds):
     path = tmp_path / f'a.{ext}'
     sf.write(path, noise(100000, channels), 48000, subtype=subtype)
-    assert np.array_equal(load_audio(path, seconds), plainly(path, seconds))
+    assert np.array_equal(load_audio(path, seconds), plain_read(path, seconds))
     assert probe_audio(path, seconds) == dict(seconds=100000 / 48000, rate=48000, error='', remark='')
     monkeypatch.setattr(features, '_BLOCK', 9999)  # many blocks
-    assert np.array_equal(load_audio(path, seconds), plainly(path, seconds))
+    assert np.array_equal(load_audio(path, seconds), plain_read(path, seconds))
 
 
 CANNOT_SEEK = [('wav', 'GSM610', 8000), ('aiff', 'GSM610', 8000), ('w64', 'GSM610', 8000), ('wav', 'G721_32', 8000),
@@ -154,7 +154,7 @@ def test_codecs_that_cannot_seek(tmp_path, ext, subtype, rate, seconds):
 
 
 def broken_files(folder):
-    "Files of three seconds that hold less, in nine ways."
+    "Nine files with a length of three seconds in the header, but less sound."
     for ext, kw in dict(wav={}, flac={}, aiff={}, au={}, w64={}, mp3={}, ogg={}, opus=dict(format='OGG', subtype='OPUS')).items():
         sf.write(folder / f'whole.{ext}', noise(48000 * 3, 2), 48000, **kw)
         data = bytearray((folder / f'whole.{ext}').read_bytes())
@@ -174,7 +174,7 @@ def test_broken_files_are_named_by_reader_and_probe(tmp_path, capfd):
         for seconds in (None, 2.5):
             with pytest.raises(CmlfError, match=f'{path.name}: cut off') as e: load_audio(path, seconds)
             assert '\n' not in str(e.value) and probe_audio(path, seconds)['error'] in str(e.value)
-        assert not probe_audio(path, .1)['error'] and len(load_audio(path, .1)) == 3200  # what is used is there
+        assert not probe_audio(path, .1)['error'] and len(load_audio(path, .1)) == 3200  # the used part is complete
 
 
 def test_the_end_of_a_long_file_is_not_used_but_remarked(tmp_path):
@@ -208,7 +208,7 @@ def test_a_flac_without_length_is_refused(tmp_path):
 
 @pytest.mark.parametrize('ext,subtype', [('wav', 'PCM_16'), ('flac', 'PCM_24'), ('mp3', 'MPEG_LAYER_III')])
 @pytest.mark.parametrize('seconds', [None, 1])
-def test_cancelling_channels_are_no_silence(tmp_path, ext, subtype, seconds):
+def test_cancelling_channels_give_the_loudest_one(tmp_path, ext, subtype, seconds):
     x = tone(SAMPLE_RATE, 2)
     sf.write(tmp_path / f'a.{ext}', np.stack([x, -x], 1), SAMPLE_RATE, subtype=subtype)
     wave = load_audio(tmp_path / f'a.{ext}', seconds)
@@ -224,7 +224,7 @@ def test_cancelling_channels_are_no_silence(tmp_path, ext, subtype, seconds):
 def test_channels_that_do_not_cancel_are_averaged(tmp_path, channels):
     x, y = noise(SAMPLE_RATE, 2).T / 2
     sf.write(tmp_path / 'a.wav', np.stack(channels(x, y), 1), SAMPLE_RATE)
-    assert np.array_equal(load_audio(tmp_path / 'a.wav'), plainly(tmp_path / 'a.wav', None))
+    assert np.array_equal(load_audio(tmp_path / 'a.wav'), plain_read(tmp_path / 'a.wav', None))
     assert 'cancel' not in probe_audio(tmp_path / 'a.wav')['remark']
 
 
@@ -241,7 +241,7 @@ def test_silence_and_clipping_are_remarked(tmp_path):
 
 def test_the_probe_refuses_what_the_reader_refuses(tmp_path):
     for name in bad_files(tmp_path):
-        if name.split('.')[0] in ('empty', 'short', 'short-8k'): continue  # their length says it
+        if name.split('.')[0] in ('empty', 'short', 'short-8k'): continue  # the reader refuses them for their length
         assert probe_audio(tmp_path / name, 2)['error'], name
 
 
@@ -308,7 +308,7 @@ def test_kill_and_resume(tmp_path):
     for _ in range(1200):
         counter = next(tmp_path.glob('*.done'), None)
         if counter and read_json(counter) >= 6: break
-        assert child.poll() is None, 'the child ended before it could be killed'
+        assert child.poll() is None, 'the child process ended before it could be killed'
         time.sleep(.05)
     child.send_signal(signal.SIGKILL); child.wait()
     assert not list(tmp_path.glob('*.npy'))
@@ -325,7 +325,7 @@ def test_kill_and_resume(tmp_path):
     assert not list(tmp_path.glob('*.part')) and not list(tmp_path.glob('*.done'))
 
 
-def test_a_store_is_what_numpy_saves(tmp_path):
+def test_a_store_equals_a_saved_array(tmp_path):
     store = build(tmp_path, 3)
     np.save(tmp_path / 'saved.npy', np.stack([LogMel()(make(i)[None])[0].half().numpy() for i in range(3)]))
     assert store.path.read_bytes() == (tmp_path / 'saved.npy').read_bytes()
@@ -343,7 +343,7 @@ def test_interrupted_and_resumed(tmp_path):
     assert store.path.read_bytes() == build(tmp_path / 'whole', 40).path.read_bytes()
 
 
-def test_what_is_left_of_other_builds_is_not_trusted(tmp_path):
+def test_incomplete_files_of_other_builds_are_ignored(tmp_path):
     "A part file without a count, as versions before wrote it, and a count without a part file."
     whole = build(tmp_path / 'whole', 4)
     data = whole.path.read_bytes()

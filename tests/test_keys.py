@@ -1,4 +1,4 @@
-"What a run's key stands for: every setting that is read, the content of every file, and the code of every module."
+"The key of a run changes with every setting that the run reads, every file it uses, and the code of every module."
 import dataclasses
 
 import numpy as np
@@ -13,18 +13,18 @@ from cmlf.runs import RUN_VERSION, RunSpec, run_config
 
 import pinned
 
-# --- the code: a module that changes raises its version, or states why results stay the same
+# --- the code: a module that changes needs a new version, or a reason why results stay the same
 
 @pytest.mark.parametrize('name', RUN_VERSION)
 def test_changed_code_has_a_new_version_or_a_reason(name):
-    known = pinned.read()[name]
-    assert len(known['why'].split()) >= 4, f'{name}: give a sentence, why its hash is what it is'
-    assert (known['version'], known['hash']) == (RUN_VERSION[name], pinned.code_hash(name)), (
+    stored = pinned.read()[name]
+    assert len(stored['why'].split()) >= 4, f'{name}: give a reason for the new hash, as a sentence'
+    assert (stored['version'], stored['hash']) == (RUN_VERSION[name], pinned.code_hash(name)), (
         f'the code of {name} changed. If a run would now give other results, raise RUN_VERSION[{name!r}] in nbs/13_runs.ipynb. '
         f'Then: python tests/pinned.py {name} "why results change, or why they stay the same"')
 
 def test_every_module_that_results_depend_on_has_a_version():
-    "Tables, the report and the command only show results."
+    "Except modules that only show results: tables, report, command."
     modules = {p.relative_to(pinned.ROOT/'cmlf').with_suffix('').as_posix() for p in (pinned.ROOT/'cmlf').rglob('*.py')}
     shown = {'tables', 'report', 'cli', 'appendix/figures', 'appendix/page', '__init__', '_modidx', 'appendix/__init__'}
     assert modules - shown == {m for parts in pinned.PARTS.values() for m in parts if '.' not in m}
@@ -38,7 +38,7 @@ def test_comments_and_docstrings_do_not_count():
 
 # --- settings
 
-OTHER = dict(   # another legal value of each setting
+OTHER = dict(   # another valid value for each setting
     source='recordings', n_train=70, n_val=18, n_test=30, subset=8, corpus_seed=1, seconds=1.5, hop=800, width=8, head_hidden=48,
     joint_dim=48, text_model='minilm', text_pool='cls', train_word_table=True, panns='FILE', dropout=0.3, block_dropout=0.3, spec_augment=False,
     epochs=4, budget='per_stage', stage_split=(2, 1, 1), keep_start=False, batch_size=16, lr=1e-3, text_lr=1e-3, schedule='constant', lr_step=3,
@@ -46,11 +46,11 @@ OTHER = dict(   # another legal value of each setting
     remine=False, groups=False, freeze_head=True, pretrain_epochs=2, pretrain_scenes=80, pretrain_lr=1e-4, expert_features='audio=FILE,vggsound=FILE',
     expert_width=8, expert_epochs=2, words='FILE', ce_epochs=3, ce_batch_size=8, ce_lr=0.02, ce_dim=48)
 
-CORPUS = {'source', 'n_train', 'n_val', 'n_test', 'corpus_seed', 'seconds'}   # of a composed corpus: in its content's hash
-SCORED = 'what is scored after training'
+CORPUS = {'source', 'n_train', 'n_val', 'n_test', 'corpus_seed', 'seconds'}   # settings of a composed corpus: they change the hash of its content
+SCORED = 'used only for scores after training'
 HARMLESS = {   # settings that cannot change a run of that kind, and why
     'subset': SCORED,
-    'panns': 'read by pre-trained runs alone', 'words': 'read by CE and MoEE alone', 'expert_features': 'read by the experts alone'}
+    'panns': 'only read by pre-trained runs', 'words': 'only read by CE and MoEE', 'expert_features': 'only read by the experts'}
 
 SPECS = dict(tagger=RunSpec('tagger', batch_size=8), experts=RunSpec('experts', batch_size=8), ce=RunSpec('ce', batch_size=8), moee=RunSpec('moee', batch_size=8),
              joint=RunSpec('baseline', 'pretrained', batch_size=8), staged=RunSpec('3cmlf', 'pretrained', batch_size=8),
@@ -71,7 +71,7 @@ def changed(profile, setting, file, events):
     return profile.replace(**{setting: value})
 
 def read_by(exp, spec):
-    "Settings that a run and all it builds on read."
+    "Settings that a run and all its parents read."
     names = set(run_config(exp.profile, spec))
     if spec.audio == 'pretrained' and exp.profile.tagger.panns: names.add('panns')
     return names.union(*(read_by(exp, p) for p in exp.parents(spec)))
@@ -85,16 +85,16 @@ def test_there_is_another_value_for_every_setting():
 def test_a_setting_changes_the_key_of_every_run_that_reads_it(setting, smoke, any_file, tmp_path):
     before, after = (Experiment(p, tmp_path) for p in (smoke, changed(smoke, setting, any_file, None)))
     for name, spec in SPECS.items():
-        # Table III's rows and the baselines have the batch size in their spec, as `Lab.spec` puts it there
+        # Table III's rows and the baselines have the batch size in their spec, set by `RunStore.spec`
         now = dataclasses.replace(spec, batch_size=after.profile.batches.batch_size)
-        moved = before.key(spec) != after.key(now)
+        differs = before.key(spec) != after.key(now)
         reads = setting in read_by(after, now) or setting in CORPUS
         if setting == 'batch_size': reads = True
-        assert moved == reads, (name, setting, moved)
+        assert differs == reads, (name, setting, differs)
         if not reads: assert setting in HARMLESS or setting in read_by_others(name), (name, setting)
 
 def read_by_others(kind):
-    "Settings that belong to other kinds of run."
+    "Settings that only other kinds of runs read."
     everything = {k for s in SPECS.values() for k in read_by(Experiment(get_profile('smoke'), '.'), s)}
     return everything - read_by(Experiment(get_profile('smoke'), '.'), SPECS[kind])
 
@@ -134,49 +134,49 @@ def on_disk(tmp_path_factory):
     return folder/'m.csv'
 
 def test_the_length_of_clips_counts_on_a_corpus_from_disk(smoke, on_disk, tmp_path):
-    "The corpus's hash does not hold it there: 1 s and 2 s of one manifest are other features."
+    "The hash of such a corpus does not depend on `seconds`, but the features do."
     keys = [Experiment(smoke.replace(source='manifest', seconds=s), tmp_path, data=on_disk).key(RunSpec('baseline', 'scratch')) for s in (1, 2)]
     assert keys[0] != keys[1]
 
-# --- what is read: a profile that records it
+# --- a profile that records which settings are read
 
-SEEN, STATE = set(), dict(watching=False)
+READ, STATE = set(), dict(recording=False)
 
-def unwatched(f):
+def not_recording(f):
     def g(*a, **kw):
-        was, STATE['watching'] = STATE['watching'], False
+        was, STATE['recording'] = STATE['recording'], False
         try: return f(*a, **kw)
-        finally: STATE['watching'] = was
+        finally: STATE['recording'] = was
     return g
 
-def watched(group):
-    "The same group of settings, as a class that records which settings are read, except where all are (a copy, a comparison)."
+def recording(group):
+    "The same group of settings, but recording which settings are read. A copy or a comparison of the whole group does not count."
     kind = type(group)
     def read(self, name):
-        if STATE['watching'] and name in SETTINGS: SEEN.add(name)
+        if STATE['recording'] and name in SETTINGS: READ.add(name)
         return kind.__getattribute__(self, name)
-    whole = {m: unwatched(getattr(kind, m)) for m in '__init__ __post_init__ __eq__ __hash__ __repr__ asdict'.split()}
+    whole = {m: not_recording(getattr(kind, m)) for m in '__init__ __post_init__ __eq__ __hash__ __repr__ asdict'.split()}
     return type(kind.__name__, (kind,), dict(whole, __getattribute__=read))(**group.asdict())
 
-IN_VAIN = {   # read without effect, and why
-    'batch_size': 'stands in the spec, which the key holds',
+WITHOUT_EFFECT = {   # settings that are read but do not change the result, and why
+    'batch_size': 'part of the spec, which is in the key',
     'subset': SCORED,
-    'restart_schedule': 'one stage: the schedule is the same', 'remine': 'random batches are drawn anew each epoch in any case',
-    'freeze_head': 'joint training freezes nothing', 'panns': 'whether a tagger is needed; its content is in the key of pre-trained runs',
-    'source': 'which corpus is opened; its content is in the key', 'n_train': 'in the content of the corpus', 'n_val': 'in the content of the corpus',
+    'restart_schedule': 'one stage: the schedule is the same', 'remine': 'random batches are drawn again in every epoch',
+    'freeze_head': 'joint training freezes nothing', 'panns': 'shows whether a tagger is needed; its content is in the key of pre-trained runs',
+    'source': 'shows which corpus is opened; its content is in the key', 'n_train': 'in the content of the corpus', 'n_val': 'in the content of the corpus',
     'n_test': 'in the content of the corpus'}
 
-def test_a_run_reads_no_setting_that_its_key_does_not_hold(tmp_path, monkeypatch):
-    monkeypatch.setattr(config, 'replace', unwatched(config.replace))
+def test_every_setting_that_a_run_reads_is_in_its_key(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, 'replace', not_recording(config.replace))
     smoke = get_profile('smoke').replace(n_train=32, epochs=3, seconds=1.)
-    exp = Experiment(dataclasses.replace(smoke, **{g: watched(getattr(smoke, g)) for g in GROUPS}), tmp_path)
+    exp = Experiment(dataclasses.replace(smoke, **{g: recording(getattr(smoke, g)) for g in GROUPS}), tmp_path)
     assert exp.corpus.hash
     for name, spec in SPECS.items():
         for parent in exp.parents(spec): exp.run(parent)
-        SEEN.clear(); STATE['watching'] = True
+        READ.clear(); STATE['recording'] = True
         try: exp.run(spec)
-        finally: STATE['watching'] = False
-        assert SEEN, name
-        extra = SEEN - set(run_config(exp.profile, spec)) - set(IN_VAIN)
+        finally: STATE['recording'] = False
+        assert READ, name
+        extra = READ - set(run_config(exp.profile, spec)) - set(WITHOUT_EFFECT)
         parents = set().union(*(set(run_config(exp.profile, q)) for q in exp.parents(spec)))
-        assert extra <= parents, f'{name} reads {sorted(extra)}, which its key does not hold'
+        assert extra <= parents, f'{name} reads {sorted(extra)}, which are not in its key'

@@ -1,4 +1,4 @@
-"Corpora as people have them today, on files of that form; sound that breaks; what is written out and read back."
+"Layouts of corpora as they are distributed; damaged sound files; corpora that are written and read back."
 import io, json, os, re, sys, time
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def write(path, text, encoding='utf-8'):
     return path
 
 
-def refusal(f, *args, **kwargs):
+def error_of(f, *args, **kwargs):
     with pytest.raises(CmlfError) as e: f(*args, **kwargs)
     assert '\n' not in str(e.value)
     return str(e.value)
@@ -61,7 +61,7 @@ def aac_sounds(root, starts=(30, 0, 130, 5)):
 
 
 @pytest.mark.parametrize('version', ['v1', 'v2'])
-def test_aac_datasets_of_today(tmp_path, version):
+def test_aac_datasets_layout(tmp_path, version):
     root = tmp_path/'AUDIOCAPS'
     audiocaps(root/f'csv_files_{version}')
     write(root/f'csv_files_{version}'/'train_fixed.csv', OFFICIAL + '9,zzzzzzzzzzz,1,Not asked for\n')
@@ -80,7 +80,7 @@ def test_both_versions_side_by_side_are_refused(tmp_path):
     for v in ('v1', 'v2'): audiocaps(tmp_path/'AUDIOCAPS'/f'csv_files_{v}')
     aac_sounds(tmp_path/'AUDIOCAPS')
     for path in (tmp_path, tmp_path/'AUDIOCAPS'):
-        message = refusal(load_corpus, path, .5)
+        message = error_of(load_corpus, path, .5)
         assert 'csv_files_v1 and ' in message and 'csv_files_v2; give one of these folders' in message and 'layout=' not in message
     assert len(load_corpus(tmp_path/'AUDIOCAPS'/'csv_files_v2', .5)) == 4
 
@@ -91,7 +91,7 @@ def test_audiocaps_2(tmp_path):
     for path in (tmp_path/'audiocaps', tmp_path/'audiocaps'/'dataset2.0'):
         assert load_corpus(path, .5).coverage == '4 of 4 clips'
     audiocaps(tmp_path/'audiocaps'/'dataset')
-    assert 'dataset and ' in refusal(load_corpus, tmp_path/'audiocaps', .5)
+    assert 'dataset and ' in error_of(load_corpus, tmp_path/'audiocaps', .5)
 
 
 # --- WavCaps
@@ -143,7 +143,7 @@ def test_json_with_several_captions_real_paths_and_splits(tmp_path):
 
 
 def test_bad_wavcaps(tmp_path):
-    message = lambda text: refusal(load_corpus, write(tmp_path/'x.json', text), .5)
+    message = lambda text: error_of(load_corpus, write(tmp_path/'x.json', text), .5)
     assert 'x.json row 2: caption is empty' in message('{"data": [{"id": "1", "caption": "Rain"}, {"id": "2", "caption": " "}]}')
     assert "x.json row 2: id '1' was already in" in message('{"data": [{"id": "1", "caption": "Rain"}, {"id": "1.wav", "caption": "Rain"}]}')
     for id in ('', '"id": null, ', '"id": "", '): assert 'x.json row 1: id is empty' in message(f'{{"data": [{{{id}"caption": "Rain"}}]}}')
@@ -163,7 +163,7 @@ def encoded(hz, format='FLAC', seconds=.5):
 
 
 def hub(path, group=2, **columns):
-    "A parquet file as Hugging Face writes it; `audio` is (bytes, path) of each row."
+    "A parquet file as written by Hugging Face; `audio` has (bytes, path) of each row."
     import pyarrow as pa, pyarrow.parquet as pq
     path.parent.mkdir(parents=True, exist_ok=True)
     struct = pa.struct([('bytes', pa.binary()), ('path', pa.string())])
@@ -217,20 +217,20 @@ def test_sound_inside_parquet_is_copied_once_and_read_anywhere(tmp_path, cache, 
 
 def test_copying_resumes_and_needs_space(tmp_path, cache, monkeypatch):
     hub(tmp_path/'d'/'train-0.parquet', audio=[(encoded(300 + i), f'{i}.flac') for i in range(5)], caption=list('abcde'))
-    def dies(folder, sound, real=probes._save_sound):
+    def interrupted_copy(folder, sound, real=probes._save_sound):
         if sound['path'] == '3.flac': raise KeyboardInterrupt
         return real(folder, sound)
     with monkeypatch.context() as m:
-        m.setattr(probes, '_save_sound', dies)
+        m.setattr(probes, '_save_sound', interrupted_copy)
         with pytest.raises(KeyboardInterrupt): load_corpus(tmp_path/'d', .5)
     assert not list((cache/'sounds').glob('*.json'))
     with monkeypatch.context() as m:
         m.setattr(probes.shutil, 'disk_usage', lambda p: type('', (), dict(free=10)))
-        assert 'train-0.parquet: its sound needs 0.0 GB' in refusal(load_corpus, tmp_path/'d', .5)
+        assert 'train-0.parquet: its sound needs 0.0 GB' in error_of(load_corpus, tmp_path/'d', .5)
     assert len(load_corpus(tmp_path/'d', .5)) == 5
 
 
-def test_copying_goes_by_row_groups(tmp_path):
+def test_row_groups_are_copied_one_by_one(tmp_path):
     import pyarrow as pa
     noise = np.random.default_rng(0)
     file = hub(tmp_path/'train-0.parquet', 4, audio=[(noise.bytes(500_000), f'{i}.wav') for i in range(80)], caption=['x'] * 80)
@@ -268,7 +268,7 @@ def test_parquet_names_of_clips(tmp_path):
     assert ids(audio=[(b, None) for b, _ in two], split=['train', 'test']) == ['train/t.parquet row 1', 'test/t.parquet row 2']
 
 
-def test_numbers_that_begin_anew_in_each_split(tmp_path):
+def test_ids_that_start_again_in_each_split(tmp_path):
     for s in ('train', 'test'): hub(tmp_path/'data'/f'{s}-0.parquet', id=[0, 1], caption=['a', 'b'], audio=[(encoded(300), 'x.wav')] * 2)
     assert sorted(c.id for c in load_corpus(tmp_path, .5, audio=False).clips) == ['test/0', 'test/1', 'train/0', 'train/1']
 
@@ -276,27 +276,27 @@ def test_numbers_that_begin_anew_in_each_split(tmp_path):
 def test_bad_parquet_with_sound(tmp_path):
     same = [(encoded(300), 'a.wav'), (encoded(400), 'a.wav')]
     file = hub(tmp_path/'a'/'train-0.parquet', audio=same, caption=['Rain', 'Wind'])
-    assert "train-0.parquet row 2: clip 'train/a' has another sound than in" in refusal(load_corpus, file, .5)
+    assert "train-0.parquet row 2: clip 'train/a' has another sound than in" in error_of(load_corpus, file, .5)
     file = hub(tmp_path/'b'/'train-0.parquet', audio=same, label=['Rain', 'Wind'])
-    assert 'no column caption or text; it has label, audio' in refusal(load_corpus, file, .5)
+    assert 'no column caption or text; it has label, audio' in error_of(load_corpus, file, .5)
     file = hub(tmp_path/'c'/'train-0.parquet', audio=[same[0], (encoded(400), 'b.wav')], text=['Rain', ''])
-    assert 'train-0.parquet row 2: caption is empty' in refusal(load_corpus, file, .5)
+    assert 'train-0.parquet row 2: caption is empty' in error_of(load_corpus, file, .5)
     hub(tmp_path/'d'/'data'/'train-00000-of-00003.parquet', audio=same[:1], text=['Rain'])
     assert 'only 1 of 3 files of data/train' in load_corpus(tmp_path/'d', .5).description
     half = tmp_path/'d'/'data'/'train-00001-of-00003.parquet'
     half.write_bytes((tmp_path/'d'/'data'/'train-00000-of-00003.parquet').read_bytes()[:500])
-    assert 'train-00001-of-00003.parquet: not parquet' in refusal(load_corpus, tmp_path/'d', .5)
+    assert 'train-00001-of-00003.parquet: not parquet' in error_of(load_corpus, tmp_path/'d', .5)
     nothing = hub(tmp_path/'e'/'train-0.parquet', audio=[(None, 'a.wav'), (encoded(400), 'b.wav'), (b'no sound', 'c.wav')], text=['Rain', 'Wind', 'Hail'])
     c = load_corpus(nothing, .5)
     assert c.coverage_report.status.tolist() == ['missing', 'present', 'unreadable'] and c.coverage_report.reason[0] == 'no sound in its row'
 
 
-def test_without_pyarrow_it_is_named(tmp_path, monkeypatch):
+def test_missing_pyarrow_is_named(tmp_path, monkeypatch):
     file = hub(tmp_path/'hf'/'data'/'train-0.parquet', audio=[(encoded(300), 'a.wav')], caption=['Rain'])
     write(tmp_path/'hf'/'metadata.csv', 'file_name,text\na.wav,Rain\n')  # needs none
     for name in ('pyarrow', 'pyarrow.parquet'): monkeypatch.setitem(sys.modules, name, None)
-    assert "parquet needs pyarrow; pip install 'cmlf[data]'" in refusal(load_corpus, file, .5)
-    assert "parquet needs pyarrow; pip install 'cmlf[data]'" in refusal(recognise, file.parent)
+    assert "parquet needs pyarrow; pip install 'cmlf[data]'" in error_of(load_corpus, file, .5)
+    assert "parquet needs pyarrow; pip install 'cmlf[data]'" in error_of(recognise, file.parent)
     assert recognise(tmp_path/'hf')[0].name == 'audiofolder'
 
 
@@ -338,7 +338,7 @@ def test_audiofolder_of_one_split_and_of_none(tmp_path):
 
 
 def test_bad_audiofolder(tmp_path):
-    message = lambda text: refusal(load_corpus, write(tmp_path/'x'/'metadata.jsonl', text).parent, .5)
+    message = lambda text: error_of(load_corpus, write(tmp_path/'x'/'metadata.jsonl', text).parent, .5)
     assert 'metadata.jsonl row 2: not JSON' in message('{"file_name": "a.wav", "text": "Rain"}\n{"file_name": "b.wa')
     assert 'metadata.jsonl row 2: ' in message('{"file_name": "a.wav", "text": "Rain"}\n["b.wav"]\n')
     assert 'none of 1 clips has usable sound, e.g. a.wav: no such file' in message('{"file_name": "a.wav", "text": "Rain"}\n')
@@ -348,14 +348,14 @@ def test_bad_audiofolder(tmp_path):
 
 # --- manifests with tabs or semicolons
 
-@pytest.mark.parametrize('sign', ['\t', ';', ','])
+@pytest.mark.parametrize('separator', ['\t', ';', ','])
 @pytest.mark.parametrize('path', ['file_name', 'audio', 'path'])
 @pytest.mark.parametrize('caption', ['caption', 'text'])
 @pytest.mark.parametrize('eol,bom', [('\r\n', '\ufeff'), ('\n', '')])
-def test_manifests_in_other_words(tmp_path, sign, path, caption, eol, bom):
+def test_manifests_with_other_column_names(tmp_path, separator, path, caption, eol, bom):
     rows = [[path, caption, 'split'], ['a.wav', '"Rain, wind; hail"', 'train'], ['b.wav', '"A ""bell"""', 'test']]
     for n, hz in (('a', 300), ('b', 400)): tone(tmp_path/f'{n}.wav', hz)
-    c = load_corpus(write(tmp_path/'m.tsv', bom + ''.join(sign.join(r) + eol for r in rows)), .5)
+    c = load_corpus(write(tmp_path/'m.tsv', bom + ''.join(separator.join(r) + eol for r in rows)), .5)
     assert c.captions == ['rain wind hail', 'a bell'] and c.coverage == '2 of 2 clips'
 
 
@@ -366,11 +366,11 @@ def test_manifest_files_of_a_folder(tmp_path):
         assert len(load_corpus(tmp_path, .5)) == 1
         (tmp_path/name).unlink()
     write(tmp_path/'manifest.csv', 'audio;text\na.wav;Rain\nb.wav;Wind; cold\n')
-    assert 'row 3: 3 fields where the header has 2; a semicolon is not quoted' in refusal(load_corpus, tmp_path, .5)
+    assert 'row 3: 3 fields where the header has 2; a semicolon is not quoted' in error_of(load_corpus, tmp_path, .5)
 
 
-def test_message_describes_what_was_found(tmp_path):
-    message = lambda path: refusal(load_corpus, path, .5)
+def test_the_message_describes_the_folder(tmp_path):
+    message = lambda path: error_of(load_corpus, path, .5)
     assert 'a .wav file; no corpus found' in message(tone(tmp_path/'a.wav'))
     assert "m.csv row 1: no column 'path'; it has wav, words" in message(write(tmp_path/'x'/'m.csv', 'wav,words\na.wav,Rain\n'))
     assert 'a folder with 1 .csv; m.csv with columns wav, words; no corpus found; looked for' in message(tmp_path/'x')
@@ -379,7 +379,7 @@ def test_message_describes_what_was_found(tmp_path):
     assert 'a .zip file; no corpus found' in message(write(tmp_path/'a.zip', 'PK'))
 
 
-# --- sound that breaks, that cannot seek, that cancels, that is silent
+# --- sound files that are damaged, not seekable or silent, or whose channels cancel
 
 def test_a_corpus_of_difficult_sound(tmp_path, capsys):
     x = np.random.default_rng(0).uniform(-.5, .5, 64000)
@@ -404,12 +404,12 @@ def test_a_corpus_of_difficult_sound(tmp_path, capsys):
     assert len(store) == 5
 
 
-def test_a_file_that_breaks_later_is_named(tmp_path):
+def test_a_file_damaged_after_loading_is_named(tmp_path):
     for n in 'ab': tone(tmp_path/f'{n}.flac', 300 + ord(n), 2)
     c = load_corpus(write(tmp_path/'m.csv', 'path,caption,split\na.flac,Rain,train\nb.flac,Wind,train\n'), 2)
     (tmp_path/'b.flac').write_bytes((tmp_path/'b.flac').read_bytes()[:4000])
     for read in (lambda: c.waveform(1), lambda: build_store(tmp_path/'store', c.keys, c.waveform, LogMel(), 2, workers=2)):
-        message = refusal(read)
+        message = error_of(read)
         assert message.startswith("clip 'b.flac': ") and 'b.flac: cut off' in message and 'load the corpus again' in message
     assert load_corpus(tmp_path/'m.csv', 2).coverage == '1 of 2 clips'
 
@@ -435,7 +435,7 @@ def test_only_the_used_seconds_have_to_be_whole(tmp_path):
     (tmp_path/'a.flac').write_bytes((tmp_path/'a.flac').read_bytes()[:-9000])
     m = write(tmp_path/'m.csv', 'path,caption,split\na.flac,Rain,train\n')
     assert load_corpus(m, 1).coverage_report.reason[0] == '9.00 s, cut to 1 s; cut off after the used part'
-    assert 'none of 1 clips has usable sound' in refusal(load_corpus, m, 9)
+    assert 'none of 1 clips has usable sound' in error_of(load_corpus, m, 9)
 
 
 # --- written out, and read back
@@ -477,33 +477,33 @@ def test_names_do_not_depend_on_order_and_stay_plain(tmp_path):
     assert len({n.lower() for n in data._file_names(ids)}) == 4
 
 
-def test_nothing_of_the_reader_is_overwritten(tmp_path):
+def test_existing_files_are_not_overwritten(tmp_path):
     for i, n in enumerate(('rain.wav', 'wind.wav')): tone(tmp_path/n, 300 + 50 * i, .3, subtype='FLOAT')
     manifest = write(tmp_path/'manifest.csv', 'path,caption,split\nrain.wav,Rain,train\nwind.wav,Wind,test\n')
     c = load_corpus(tmp_path, .5)
     before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
-    assert 'rain.wav: exists with other content; give a new folder' in refusal(write_corpus, c, tmp_path)
+    assert 'rain.wav: exists with other content; give a new folder' in error_of(write_corpus, c, tmp_path)
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before and manifest in before
 
 
 def test_interrupted_writing_resumes(tmp_path):
     for i, n in enumerate('ab'): tone(tmp_path/f'{n}.wav', 300 + 50 * i)
     c = load_corpus(write(tmp_path/'manifest.csv', 'path,caption,split\na.wav,Rain,train\nb.wav,Wind,test\n'), .5)
-    def dies(clip, real=c.read):
+    def interrupted_copy(clip, real=c.read):
         if clip.id == 'b.wav': raise KeyboardInterrupt
         return real(clip)
-    with pytest.raises(KeyboardInterrupt): write_corpus(Corpus('x', c.clips, dies, .5), tmp_path/'out')
+    with pytest.raises(KeyboardInterrupt): write_corpus(Corpus('x', c.clips, interrupted_copy, .5), tmp_path/'out')
     assert [p.name for p in (tmp_path/'out').iterdir()] == ['a.wav']
     assert facts(written(tmp_path, c)) == facts(c) and write_corpus(c, tmp_path/'out').exists()
 
 
-def test_links_in_the_folder_lead_nowhere(tmp_path):
+def test_symbolic_links_are_not_followed(tmp_path):
     outside = write(tmp_path/'outside.wav', 'mine')
     tone(tmp_path/'a.wav')
     c = load_corpus(write(tmp_path/'m.csv', 'path,caption,split\na.wav,Rain,train\n'), .5)
     (tmp_path/'out').mkdir()
     (tmp_path/'out'/'a.wav').symlink_to(outside)
-    refusal(write_corpus, c, tmp_path/'out')
+    error_of(write_corpus, c, tmp_path/'out')
     assert outside.read_text() == 'mine'
 
 
@@ -567,7 +567,7 @@ def test_right_pairs_of_clips_without_sound_are_left_out(tmp_path):
 
 def test_bad_right_pairs(tmp_path):
     c = clotho(tmp_path)
-    message = lambda text, name='right.csv': refusal(read_relevance, write(tmp_path/name, text), c)
+    message = lambda text, name='right.csv': error_of(read_relevance, write(tmp_path/name, text), c)
     assert "right.csv row 3: clotho has no clip 'Sea.wav'" in message('caption,file_name\nWind,Door.wav\nWind,Sea.wav\n')
     assert "right.csv row 2: clotho has no caption 'the sea'" in message('caption,file_name\nThe sea,Door.wav\n')
     assert 'right.csv row 2: caption is empty' in message('caption,file_name\n,Door.wav\n')
@@ -576,9 +576,9 @@ def test_bad_right_pairs(tmp_path):
     assert 'row 2: audio_filenames is' in message('query,audio_filenames\nWind,__import__("os").system("touch hacked")\n'.replace('"', "'"))
     assert "right.json caption 'Wind': clotho has no clip 'Sea'" in message('{"Wind": ["Door", "Sea"]}', 'right.json')
     assert "right.json caption 'Wind': clip 7 is not text" in message('{"Wind": [7]}', 'right.json')
-    assert 'no such file of relevant clips' in refusal(read_relevance, tmp_path/'no.csv', c)
+    assert 'no such file of relevant clips' in error_of(read_relevance, tmp_path/'no.csv', c)
     both = Corpus('x', [Clip(f'{s}/Door', s, ('door',), ('Door',), f'recipe {s}') for s in ('train', 'test')], None, 1)
-    assert "'Door.wav' may be any of 2 clips" in refusal(read_relevance, write(tmp_path/'r.csv', 'caption,clip\nDoor,Door.wav\n'), both)
+    assert "'Door.wav' may be any of 2 clips" in error_of(read_relevance, write(tmp_path/'r.csv', 'caption,clip\nDoor,Door.wav\n'), both)
     assert read_relevance(write(tmp_path/'r.csv', 'caption,clip\nDoor,train/Door\n'), both) == [{0}, {1, 0}]
 
 

@@ -18,29 +18,29 @@ quick = settings(max_examples=60, deadline=None)
 
 # ---- the definitions, one item at a time
 
-def plain_places(scores, right):
-    "Places of the right items, best first: those right before it, others above, half of the others level."
+def plain_ranks(scores, right):
+    "Ranks of the relevant items, best first: relevant items before it, others above, half of the others with equal scores."
     others = [s for i, s in enumerate(scores) if i not in right]
     mine = sorted((scores[i] for i in right), reverse=True)
     return [j + sum(s > v for s in others) + sum(s == v for s in others) / 2 for j, v in enumerate(mine)]
 
 
-def plain_ap(places, k):
+def plain_ap(ranks, k):
     "AP@k by its definition."
     total = 0
-    for place in places:
-        if place < k: total += sum(p <= place for p in places) / (place + 1)
-    return total / min(k, len(places))
+    for rank in ranks:
+        if rank < k: total += sum(p <= rank for p in ranks) / (rank + 1)
+    return total / min(k, len(ranks))
 
 
 def check(r, sim, owner, relevant=None):
     "A Retrieval against loops over queries and items."
     T, C = len(sim), len(sim[0])
     right = [{int(owner[t])} | set(relevant[t] if relevant else ()) for t in range(T)]
-    places = dict(t2a=[plain_places(list(sim[t]), right[t]) for t in range(T)],
-                  a2t=[plain_places([sim[t][c] for t in range(T)], {t for t in range(T) if c in right[t]})
+    ranks = dict(t2a=[plain_ranks(list(sim[t]), right[t]) for t in range(T)],
+                  a2t=[plain_ranks([sim[t][c] for t in range(T)], {t for t in range(T) if c in right[t]})
                        for c in range(C)])
-    for d, of in places.items():
+    for d, of in ranks.items():
         assert r.ranks(d).tolist() == [p[0] for p in of]
         for k in (1, 2, 3, 10, 16):
             assert r.recall(k, d) == pytest.approx(100 * np.mean([p[0] < k for p in of]))
@@ -103,8 +103,8 @@ def test_five_captions_divide_by_five():
     sim = np.random.default_rng(0).standard_normal((200, 40)) + 1.5 * (owner[:, None] == np.arange(40))
     found = []
     for c in range(40):
-        place = np.argsort(-sim[:, c]).argsort()[5 * c:5 * c + 5]
-        inside = np.sort(place[place < 10]) + 1
+        rank = np.argsort(-sim[:, c]).argsort()[5 * c:5 * c + 5]
+        inside = np.sort(rank[rank < 10]) + 1
         found.append((np.arange(1, len(inside) + 1) / inside).sum() / 5)
     assert retrieval_from_similarity(sim, owner).map(10, 'a2t') == pytest.approx(100 * np.mean(found))
 
@@ -144,7 +144,7 @@ owner = [0, 0, 1, 2]
     lambda s: s.astype(np.float16), lambda s: torch.tensor(s).bfloat16(), lambda s: s.astype('>f4'),
     lambda s: s * 1e300, lambda s: s * 1e-300, lambda s: s[:, ::-1].copy()[:, ::-1],
     lambda s: s.tolist(), lambda s: torch.tensor(s, requires_grad=True)])
-def test_kinds_of_similarities(change):
+def test_types_of_similarities(change):
     assert retrieval_from_similarity(change(sim), owner).asdict() == retrieval_from_similarity(sim, owner).asdict()
 
 
@@ -160,10 +160,10 @@ def test_similarities_from_a_file_are_read_by_blocks(tmp_path):
     assert r.asdict() == retrieval_from_similarity(sim, owner).asdict()
 
 
-def test_infinities_are_places_like_others():
+def test_infinite_similarities_are_ranked():
     s = np.where(np.arange(3) == np.array(owner)[:, None], sim, -np.inf)  # all others masked
     assert retrieval_from_similarity(s, owner).score == 100
-    s = np.where(np.arange(3) != np.array(owner)[:, None], sim, -np.inf)  # oneself masked
+    s = np.where(np.arange(3) != np.array(owner)[:, None], sim, -np.inf)  # the right clip masked
     check(retrieval_from_similarity(s, owner), s, owner)
     everything = retrieval_from_similarity(np.full((4, 3), -np.inf), owner)
     assert everything.t2a_ranks.tolist() == [1] * 4 and everything.a2t_ranks.tolist() == [1, 1.5, 1.5]
@@ -220,7 +220,7 @@ print(peak() - before)
 
 # ---- what is refused
 
-@pytest.mark.parametrize('call, said', [
+@pytest.mark.parametrize('call, message', [
     (lambda: retrieval_from_similarity([[1, 2], [3]], [0, 1]), 'different lengths'),
     (lambda: retrieval_from_similarity(sim.astype(complex), owner), 'complex128'),
     (lambda: retrieval_from_similarity(sim.astype(str), owner), 'should be real numbers'),
@@ -244,9 +244,9 @@ print(peak() - before)
     (lambda: interval([]), 'no results'),
     (lambda: interval(retrieval_from_similarity(sim, owner), of='mAP'), "unknown metric 'mAP'"),
 ])
-def test_refused(call, said):
+def test_refused(call, message):
     with pytest.raises(CmlfError) as e: call()
-    assert said in str(e.value) and '\n' not in str(e.value)
+    assert message in str(e.value) and '\n' not in str(e.value)
 
 
 def test_nan_is_named_by_its_caption_in_the_whole():
@@ -258,7 +258,7 @@ def test_nan_is_named_by_its_caption_in_the_whole():
 
 # ---- results
 
-def test_three_arrays_are_enough_but_for_one():
+def test_a_retrieval_of_three_arrays_lacks_one_score():
     full = retrieval_from_similarity(sim, owner)
     r = Retrieval(full.t2a_ranks, full.a2t_ranks, full.owner)
     a, b = r.asdict(), full.asdict()
@@ -322,7 +322,7 @@ def made_up(text, owner, seed, noise=.079):
 
 
 def test_effect_of_the_rule_for_ties(captions):
-    "The table of the page, in points of the means of five seeds."
+    "The table of the page: differences in percentage points, means of five seeds."
     text, owner = captions
     own, rows = owner[:, None] == np.arange(957), []
     for seed in range(5):
@@ -333,7 +333,7 @@ def test_effect_of_the_rule_for_ties(captions):
         rules = above, above + level.sum(0) / 2, above + level.sum(0), above + (level.sum(0) + repeated) / 2
         assert np.array_equal(r.a2t_ranks, rules[1])
         mine = S[np.arange(len(S)), owner][:, None]
-        strict = 100 * ((S > mine).sum(1) < 1).mean()  # who ties is in front
+        strict = 100 * ((S > mine).sum(1) < 1).mean()  # a tied clip counts as first
         rows.append([r.t2a['R@1'], strict] + [100 * (x < k).mean() for k in (1, 10) for x in rules])
     t2a, strict, *a2t = np.mean(rows, 0)
     print(np.round([t2a, strict, *a2t], 2))

@@ -1,4 +1,4 @@
-"Batches are a partition whatever is mined, bounds hold whatever is brought, and bad input is one clear line."
+"Batches are a partition for every kind and size, bounds hold, and bad input gives one clear line."
 import itertools
 import subprocess
 import sys
@@ -22,7 +22,7 @@ seeds = st.integers(0, 10_000)
 
 
 def vectors(n, d=5, seed=0, middle=.5):
-    "Random directions that lean one way, as real ones do."
+    "Random vectors with a common mean, as real embeddings have."
     return unit_vectors(rng(seed, 'test', n, d).normal(size=(n, d)) + middle)
 
 
@@ -110,8 +110,8 @@ def test_epochs_differ_at_equal_quality(kind):
     assert max(shared) < .8
 
 
-def turned(x, seed=0):
-    "`x` seen from elsewhere."
+def rotated(x, seed=0):
+    "`x`, rotated."
     q = np.linalg.qr(rng(seed, 'turn').normal(size=(x.shape[1],) * 2))[0]
     return (x.double() @ torch.from_numpy(q)).float()
 
@@ -119,9 +119,9 @@ def turned(x, seed=0):
 @pytest.mark.parametrize('kind', KINDS)
 def test_rotation(kind):
     x = clusters(480)
-    a, b = (mine(v, 16, kind, sweeps=6) for v in (x, turned(x)))
+    a, b = (mine(v, 16, kind, sweeps=6) for v in (x, rotated(x)))
     near = abs(a.mean_similarity - b.mean_similarity)
-    assert near < .005 # rounding may decide between equals, and no more
+    assert near < .005 # only ties may be decided by rounding
     if kind == 'random': assert (a.batches == b.batches).all()
 
 
@@ -170,7 +170,7 @@ def test_groups_never_meet(seed, kind, n, b):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_groups_as_large_as_can_be(kind):
+def test_groups_of_maximal_size(kind):
     groups = np.repeat(np.arange(8), 10) # one of each in every batch
     found = mine(clusters(80), 8, kind, groups=groups, sweeps=3)
     assert (np.sort(groups[found.batches], 1) == np.arange(8)).all()
@@ -214,7 +214,7 @@ def test_large_groups_are_spread(seed, kind, n, b, k, equal):
     (64, 8, [16] * 4), (64, 32, [32, 32]), (63, 8, [30, 20, 10, 3]), (64, 2, [63, 1]), (90, 9, [11] * 8 + [2])])
 def test_extreme_groups(kind, n, b, size):
     groups = np.repeat(np.arange(len(size)), size)
-    for x in (clusters(n), clusters(len(size))[groups]): # all members of a group alike
+    for x in (clusters(n), clusters(len(size))[groups]): # also with equal vectors in each group
         check_spread(mine(x, b, kind, groups=groups, sweeps=3), groups, n, b)
 
 
@@ -261,15 +261,15 @@ def test_pairs_that_never_meet_are_not_listed(monkeypatch):
     assert found.mean_similarity < found.bound < 1
 
 
-class Unseen:
-    "Vectors that cannot be looked at."
+class NoValues:
+    "A tensor without values: any cosine would raise an error."
     new_zeros = staticmethod(torch.zeros)
 
 
 def test_random_batches_in_tight_groups_take_no_cosines():
     groups = np.repeat(np.arange(36), 100)
     batches = torch.from_numpy(rng(0, 'tight').permutation(3600)[:3584]).view(112, 32)
-    task = objective.Task(Unseen(), 112, 32, torch.from_numpy(groups), rng(0), torch.zeros_like, 0)
+    task = objective.Task(NoValues(), 112, 32, torch.from_numpy(groups), rng(0), torch.zeros_like, 0)
     objective.separate(task, batches)
     assert not any(too_many(groups, some, 112) for some in batches.numpy()) and len(batches.unique()) == 3584
 
@@ -317,7 +317,7 @@ def test_near_duplicates_across_tiles():
 def test_near_duplicates_along_a_path():
     a = np.linspace(0, 3, 3000)[rng(0, 'path').permutation(3000)]
     x = np.stack([np.cos(a), np.sin(a)], 1)
-    assert largest_group(near_duplicates(x, .99999)) == 3000 # each near the next alone
+    assert largest_group(near_duplicates(x, .99999)) == 3000 # each is near only to the next
 
 
 MEMORY = """
@@ -437,14 +437,14 @@ def test_summary_is_json():
 # ---- bad input
 
 good = vectors(40)
-broken = good.clone(); broken[7, 1] = torch.nan
-endless = good.clone(); endless[8, 0] = torch.inf
-nothing = good.clone(); nothing[9] = 0
+not_a_number = good.clone(); not_a_number[7, 1] = torch.nan
+infinite = good.clone(); infinite[8, 0] = torch.inf
+zero = good.clone(); zero[9] = 0
 
 @pytest.mark.parametrize('x, settings, message', [
-    (broken, {}, 'vector 7 of 40 is not finite'),
-    (endless, {}, 'vector 8 of 40 is not finite'),
-    (nothing, {}, 'vector 9 of 40 is all zeros'),
+    (not_a_number, {}, 'vector 7 of 40 is not finite'),
+    (infinite, {}, 'vector 8 of 40 is not finite'),
+    (zero, {}, 'vector 9 of 40 is all zeros'),
     (good[:5], {}, '5 vectors do not fill a batch of 8: give more, or a smaller batch_size (--batch-size)'),
     (good[0], {}, 'shape'),
     (good[None], {}, 'shape'),
@@ -489,7 +489,7 @@ def test_a_tree_of_many_uses_their_pca_projection():
     assert sorted(tree.flatten().tolist()) == order.tolist()
     full, flat = objective.mean_similarity(x, tree), objective.mean_similarity(x, order.view(-1, 32))
     assert full > flat + .1
-    a, b = (mine(v, 16, 'hard', sweeps=0) for v in (x, turned(x)))
+    a, b = (mine(v, 16, 'hard', sweeps=0) for v in (x, rotated(x)))
     assert abs(a.mean_similarity - b.mean_similarity) < 5e-3 # rounding decides at every fork
 
 
@@ -551,7 +551,7 @@ def test_many_dropped():
 @pytest.mark.parametrize('table', [
     lambda x: pd.DataFrame(x), lambda x: x[::-1][::-1], lambda x: x.astype('>f4'), lambda x: x.astype(object),
     lambda x: x.tolist(), lambda x: x * 1e300, lambda x: x * 1e-300, lambda x: torch.from_numpy(x)])
-def test_tables_of_any_make(table):
+def test_arrays_of_any_type(table):
     x = rng(0, 'makes').normal(size=(40, 5))
     assert torch.allclose(unit_vectors(table(x)), unit_vectors(x), atol=1e-5)
 
@@ -562,4 +562,4 @@ def test_bad_threshold(threshold):
 
 
 @pytest.mark.parametrize('threshold', [1, np.float32(.5), np.float64(.5)])
-def test_thresholds_of_any_make(threshold): assert len(near_duplicates(clusters(20), threshold)) == 20
+def test_thresholds_of_any_type(threshold): assert len(near_duplicates(clusters(20), threshold)) == 20

@@ -1,4 +1,4 @@
-"Pages are committed with what their code gave: `make notebooks` writes that, and these tests see a page that is older than its code."
+"Notebooks are committed with outputs, which `make notebooks` writes. These tests find outputs that are missing, outdated or too large."
 import base64, re, shutil, subprocess, sys
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import notebooks
 # --- what is committed ---
 
 @pytest.mark.parametrize('path', notebooks.pages(), ids=lambda p: p.relative_to(notebooks.NBS).as_posix())
-def test_a_page_shows_what_its_code_gave(path): assert notebooks.faults(path) == []
+def test_outputs_of_a_page(path): assert notebooks.faults(path) == []
 
 def test_all_pages_together_are_small(): assert notebooks.total_faults() == []
 
@@ -26,7 +26,7 @@ def test_cleaning_keeps_what_was_executed():
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    "A project of one notebook, as the tool sees it."
+    "A function that writes the only notebook of a temporary project."
     (tmp_path/'nbs').mkdir()
     shutil.copy(ROOT/'settings.ini', tmp_path)
     monkeypatch.setattr(notebooks, 'ROOT', tmp_path)
@@ -45,7 +45,7 @@ def project(tmp_path, monkeypatch):
 def outputs(path): return [''.join(str(o.get('text', '')) or str(o.data['text/plain']) for o in c.outputs)
                            for c in notebooks.code_cells(notebooks.read(path))]
 
-def test_execution_keeps_what_is_shown_and_nothing_of_the_machine(project, tmp_path):
+def test_outputs_do_not_depend_on_the_machine(project, tmp_path):
     path = project('# Title', 'import os, sys, tempfile', "print('bar', file=sys.stderr); print('10 %\\r20 %\\rdone')", 'object()',
                    "print(os.getcwd(), os.environ.get('IN_TEST'), os.environ.get('CMLF_ESC_DIR'), os.environ['OMP_NUM_THREADS'])",
                    'tempfile.gettempdir() + "/tmpab_c1/x"', '#| eval: false\n1/0')
@@ -83,7 +83,7 @@ def executed(project, *sources):
     notebooks.execute(path)
     return path, notebooks.read(path)
 
-def test_code_that_changed_makes_a_page_stale_and_prose_does_not(project):
+def test_changed_code_makes_a_page_stale_but_changed_prose_does_not(project):
     path, nb = executed(project, '# Title', '1 + 1', '2')
     nb.cells[0].source = '# Another title'
     nbformat.write(nb, path)
@@ -94,7 +94,7 @@ def test_code_that_changed_makes_a_page_stale_and_prose_does_not(project):
     nb.cells[1].source, nb.cells[2].source = '2', '1 + 1'
     assert notebooks.is_stale(nb)  # order counts
 
-def test_missing_outputs_are_seen(project):
+def test_missing_outputs_are_found(project):
     path, nb = executed(project, '1 + 1', '2')
     nb.cells[0].outputs = []
     nbformat.write(nb, path)
@@ -108,14 +108,14 @@ def test_missing_outputs_are_seen(project):
 
 def data(**kinds): return new_output('display_data', data={k.replace('_', '/'): v for k, v in kinds.items()})
 
-def coded(size): return base64.b64encode(b'x' * size).decode()
+def base64_of(size): return base64.b64encode(b'x' * size).decode()
 
 @pytest.mark.parametrize('output, fault', [
     (new_output('error', ename='ValueError', evalue='wrong', traceback=[]), 'ended in ValueError: wrong'),
     (new_output('stream', name='stderr', text='50 %'), 'stderr'),
-    (data(image_png=coded(80_100)), 'a picture of 80 kB'), (data(audio_mpeg=coded(26_000)), 'a sound of 26 kB'),
-    (data(text_html=f'<audio src="data:audio/mpeg;base64,{coded(26_000)}">'), 'a sound of 26 kB'),
-    (data(text_html=f'<img src="data:image/png;base64,{coded(90_000)}">'), 'a picture of 90 kB'),
+    (data(image_png=base64_of(80_100)), 'a picture of 80 kB'), (data(audio_mpeg=base64_of(26_000)), 'a sound of 26 kB'),
+    (data(text_html=f'<audio src="data:audio/mpeg;base64,{base64_of(26_000)}">'), 'a sound of 26 kB'),
+    (data(text_html=f'<img src="data:image/png;base64,{base64_of(90_000)}">'), 'a picture of 90 kB'),
     (data(text_plain='/home/someone/data'), 'a path of one machine, /home/someone'),
     (data(text_plain=r'C:\Users\me\x'), 'a path of one machine'), (data(text_plain='/root/.cache'), 'a path of one machine'),
     (data(text_html='<b>/Users/someone</b>'), 'a path of one machine'),
@@ -126,8 +126,8 @@ def test_what_must_not_be_committed_is_named(output, fault):
     found = notebooks.output_faults(output)
     assert len(found) == 1 and fault in found[0]
 
-@pytest.mark.parametrize('output', [data(image_png=coded(79_000)), data(text_plain='R@1 30.5, 0x10'), new_output('stream', text='/tmp/…'),
-                                    data(text_html=f'<audio src="data:audio/mpeg;base64,{coded(24_000)}">')])
+@pytest.mark.parametrize('output', [data(image_png=base64_of(79_000)), data(text_plain='R@1 30.5, 0x10'), new_output('stream', text='/tmp/…'),
+                                    data(text_html=f'<audio src="data:audio/mpeg;base64,{base64_of(24_000)}">')])
 def test_what_may_be_committed(output): assert notebooks.output_faults(output) == []
 
 def test_a_large_picture_gets_fewer_colours():

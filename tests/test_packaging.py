@@ -1,4 +1,4 @@
-"Files that tell the same thing tell it alike: dependencies in three of them, numbers in README and reports."
+"Facts that are in several files agree: dependencies in three files, numbers in README and reports."
 import ast, configparser, io, json, os, re, sys, tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -40,12 +40,12 @@ def test_a_library_asks_for_lower_bounds_and_constraints_hold_the_versions():
     for r in map(Requirement, every_requirement()): assert r.specifier.contains(versions[name_of(r.name)]), r
 
 def test_installed_versions_are_the_tested_ones():
-    if not os.environ.get('CI'): pytest.skip('whoever works on their own machine may have other versions')
+    if not os.environ.get('CI'): pytest.skip('developers may have other versions; only CI checks them')
     got = {name_of(r.name): version(r.name) for r in map(Requirement, project['dependencies'])}
     assert {n: v.split('+')[0] for n, v in got.items()} == {n: pinned()[n] for n in got}
 
 def test_every_import_of_the_library_is_a_dependency():
-    "scikit-learn is imported as sklearn, and so on; extras are imported where they are used, with a message."
+    "Some packages have another import name (sklearn); extras are imported where they are used, with an error message."
     known = {name_of(r) for r in project['dependencies']} | {'sklearn', 'cmlf', 'jupyter-client', 'nbformat', 'ipython', 'huggingface-hub'}
     known |= {'h5py', 'pyarrow', 'gensim'} | {name_of(n) for n in sys.stdlib_module_names}
     for path in (ROOT/'cmlf').rglob('*.py'):
@@ -55,7 +55,7 @@ def test_every_import_of_the_library_is_a_dependency():
             assert {name_of(n.split('.')[0]) for n in names} <= known, path.name
 
 def test_a_module_defines_a_name_once():
-    "Methods that `@patch` adds to several classes may share one."
+    "Methods that `@patch` adds to different classes may have the same name."
     for path in (ROOT/'cmlf').rglob('*.py'):
         defined = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
         names = [n.name for n in defined if 'patch' not in {getattr(getattr(d, 'func', d), 'id', '') for d in n.decorator_list}]
@@ -93,7 +93,7 @@ def test_version_is_one():
     assert project['version'] == parser['DEFAULT']['version'] == cmlf.__version__
 
 def at_head(path) -> str:
-    """A file as the last commit holds it: whoever makes a report or a benchmark again replaces the file, and README is not wrong for it."""
+    """A file of the last commit. If a report or benchmark is run again, its file changes, but README need not change yet."""
     text = committed(ROOT/path)
     if text is None: pytest.skip(f'{path} is in no commit: not a checkout of the repository')
     return text
@@ -105,8 +105,8 @@ def test_readme_shows_the_numbers_of_the_report(profile):
     readme, table = at_head('README.md'), at_head_csv(f'reports/{profile}/table1.csv')
     for _, row in table.iterrows():
         cells = [' / '.join(f'{row[f"{d}_r{k}"]:.1f}' for k in (1, 5, 10)) for d in ('t2a', 'a2t')]
-        told = [row.system, row.audio_encoder, row.chm, *cells]
-        assert f'| {" | ".join("" if pd.isna(t) else t for t in told)} |' in readme
+        columns = [row.system, row.audio_encoder, row.chm, *cells]
+        assert f'| {" | ".join("" if pd.isna(t) else t for t in columns)} |' in readme
     assert f'pool `{table.pool[0]}`' in readme
     commit = json.loads(at_head(f'reports/{profile}/provenance.json'))['commit'].rstrip('+')
     assert f'commit {commit}' in readme
@@ -120,9 +120,9 @@ def test_committed_reports_hold_every_number_and_no_recording(profile):
 
 def test_readme_shows_the_numbers_of_the_mining_benchmark():
     readme, runs = at_head('README.md'), at_head_csv('reports/benchmarks/mining.csv')
-    told = re.findall(r'^\| (?:\*\*)?([^|*]+?)(?:\*\*, `sweeps=(\d+)`[^|]*)? \| (0\.\d{4}) \| (\S+) \|$', readme, re.M)
-    assert len(told) >= 8
-    for method, sweeps, cosine, seconds in told:
+    rows = re.findall(r'^\| (?:\*\*)?([^|*]+?)(?:\*\*, `sweeps=(\d+)`[^|]*)? \| (0\.\d{4}) \| (\S+) \|$', readme, re.M)
+    assert len(rows) >= 8
+    for method, sweeps, cosine, seconds in rows:
         run = runs[(runs.method == method) & (runs.kind != 'easy') & (runs.sweeps == int(sweeps or 0))]
         assert len(run) == 1 and f'{run.cosine.iloc[0]:.4f}' == cosine, method
         assert seconds in ('–', f'{run.seconds.iloc[0]:.1f}'), method

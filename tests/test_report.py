@@ -1,4 +1,4 @@
-"The report: written by the command, and as a browser shows it."
+"The report: its files as written by the command, and its page in a browser."
 import html, json, re, shutil, subprocess
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from command import ROOT, cmlf
 
 @pytest.fixture(scope='module')
 def report(tmp_path_factory):
-    "The smoke report, made through the command; runs are shared with the notebooks' own tests."
+    "The smoke report, written by the command; the notebooks share its runs."
     out = tmp_path_factory.mktemp('report')
     done = cmlf('reproduce', '--profile', 'smoke', '--out', out)
     assert done.returncode == 0, done.stderr
@@ -38,7 +38,7 @@ def test_tables_agree_where_they_share_runs(report):
     assert chm.equals(middle)
 
 def test_parameters_reached_the_notebook(tmp_path):
-    "papermill's worst trap: a sweep of identical runs. Two settings must give two runs."
+    "If papermill ignored the parameters, another setting would silently give the default run."
     done = cmlf('reproduce', '--profile', 'smoke', '--tables', '2', '--set', 'tau=0.2', '--out', tmp_path)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path/'table2.json').read_text())
@@ -59,21 +59,21 @@ def test_check_finds_an_edited_cell(report, tmp_path):
 # --- the page
 
 def committed_report(profile, tmp_path) -> Path:
-    "A copy of a committed report; sounds of recordings are not committed."
+    "A copy of a committed report, without sounds of recordings, which are not committed."
     ignored = shutil.ignore_patterns('sounds') if profile == 'field' else None
     return shutil.copytree(ROOT/'reports'/profile, tmp_path/profile, ignore=ignored)
 
 def files_of(folder): return {p.relative_to(folder): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
 
 @pytest.mark.parametrize('profile', ['mini', 'field'])
-def test_a_committed_page_is_what_its_files_give(profile, tmp_path):
-    "Also from records of an earlier version, without tests and intervals; no other file changes."
+def test_a_committed_page_can_be_written_again_from_its_files(profile, tmp_path):
+    "Writing the page again from its records changes no file."
     folder = committed_report(profile, tmp_path)
     before = files_of(folder)
     write_index(folder)
     assert files_of(folder) == before
 
-def test_a_page_without_intervals_and_tests_says_so(tmp_path):
+def test_a_page_without_intervals_and_tests_has_warnings(tmp_path):
     folder = committed_report('mini', tmp_path)
     for n in (1, 2, 3):
         frame = pd.read_csv(folder/f'table{n}.csv')
@@ -83,7 +83,7 @@ def test_a_page_without_intervals_and_tests_says_so(tmp_path):
     assert 'no intervals' in view['warnings'][0] and 'No claim was tested' in view['warnings'][1]
     assert not view['glance'] and not any(t['tested'] for p in view['parts'] for t in p['tables'])
 
-def test_the_page_loads_nothing_from_elsewhere(report):
+def test_the_page_loads_no_other_files(report):
     page = (report/'index.html').read_text()
     sources = re.findall(r'(?:src|href|url\()="?([^" )]+)', page)
     assert sources and not [s for s in sources if not s.startswith(('data:', '#')) and not (report/s).exists()]
@@ -91,7 +91,7 @@ def test_the_page_loads_nothing_from_elsewhere(report):
 
 # --- in a browser
 
-NASTY = '<script>document.title = "run"</script> "quoted" & \'more\''
+MARKUP = '<script>document.title = "run"</script> "quoted" & \'more\''
 
 MEASURE = """
 <body>IFRAMES<pre id="found"></pre><script>
@@ -112,7 +112,7 @@ addEventListener('load', () => {
 
 @pytest.fixture
 def browser(tmp_path):
-    "Runs Chromium with some flags on a page, and gives what it prints."
+    "A function that opens a page in Chromium with some flags and returns the output."
     chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
     if not chromium: pytest.skip('no Chromium is installed')
     flags = ['--headless', '--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking', '--disable-sync',
@@ -122,10 +122,10 @@ def browser(tmp_path):
 
 @pytest.fixture
 def measured(report, tmp_path, browser):
-    "What the page measures inside windows of 1400 and 390 pixels, with texts that look like markup."
+    "Measurements of the page in windows of 1400 and 390 pixels, with texts that contain markup."
     folder = shutil.copytree(report, tmp_path/'report')
     record = json.loads((folder/'table1.json').read_text())
-    record['figures'][0]['caption'] = record['cards'][0]['query'] = NASTY
+    record['figures'][0]['caption'] = record['cards'][0]['query'] = MARKUP
     write_json(folder/'table1.json', record)
     write_index(folder)
     frames = ''.join(f'<iframe src="index.html" width="{w}" height="900" style="border:0"></iframe>' for w in (1400, 390))
@@ -134,7 +134,7 @@ def measured(report, tmp_path, browser):
     return json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', dom, re.S).group(1)))
 
 def test_wide_and_narrow_windows(measured):
-    "Nothing is wider than its window: tables scroll inside their own box."
+    "The page is not wider than its window; wide tables scroll inside their box."
     assert [m['inner'] for m in measured] == [1400, 390]
     for m in measured: assert m['wide'] <= m['inner'] and m['text'] >= 12
     wide, narrow = measured
@@ -142,7 +142,7 @@ def test_wide_and_narrow_windows(measured):
     assert wide['broken'] == narrow['broken'] == 0
 
 def test_texts_are_shown_literally(measured):
-    for m in measured: assert NASTY in m['captions'] and f'“{NASTY}”' in m['captions'] and m['title'].startswith('3CMLF on')
+    for m in measured: assert MARKUP in m['captions'] and f'“{MARKUP}”' in m['captions'] and m['title'].startswith('3CMLF on')
 
 def test_the_page_in_a_browser(report, tmp_path, browser):
     page, shot = report/'index.html', tmp_path/'page.png'
@@ -150,4 +150,4 @@ def test_the_page_in_a_browser(report, tmp_path, browser):
     assert dom.count('<h2>Table') == 3 and dom.count('data:audio/mpeg') >= 6
     browser(page, '--window-size=1200,3000', f'--screenshot={shot}')
     import matplotlib.image
-    assert matplotlib.image.imread(shot)[..., :3].std() > 0.05   # a page, not a blank
+    assert matplotlib.image.imread(shot)[..., :3].std() > 0.05   # the picture is not blank

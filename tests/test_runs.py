@@ -1,4 +1,4 @@
-"What a run records, what it needs afterwards, and what is refused before work begins: through the command, as a user meets it."
+"Training and evaluation on own sounds through the command: errors before any work, stored runs, relative paths."
 import json, shutil
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def some_rows(train=24, val=8, test=8):
 
 def nothing_computed(folder): return not [f for f in Path(folder).rglob('*') if f.suffix in ('.npy', '.part', '.pt')]
 
-# --- refused before any feature is computed
+# --- errors before any feature is computed
 
 @pytest.mark.parametrize('system', ['3cmlf', 'baseline'])
 def test_no_validation_split_is_refused_before_features(system, tmp_path):
@@ -44,7 +44,7 @@ def test_no_validation_split_is_refused_before_features(system, tmp_path):
     assert nothing_computed(tmp_path/'run')
 
 def assert_refused_after_facts(done, *words):
-    "Exit code 2 and one line from `cmlf`; facts about the corpus may stand above it."
+    "Check for exit code 2 and one line of `cmlf` with all `words`; log lines about the corpus may come before it."
     assert done.returncode == 2, done.stderr
     lines = [l for l in done.stderr.strip().splitlines() if l.startswith('cmlf: ')]
     assert len(lines) == 1 and 'Traceback' not in done.stderr, done.stderr
@@ -66,14 +66,14 @@ def test_a_caption_that_is_too_long_is_named_by_file_and_row_before_features(tmp
 
 # --- training
 
-def test_a_loss_that_is_no_number_is_one_line_with_place_and_fix(tmp_path):
+def test_an_infinite_loss_gives_one_line_with_place_and_fix(tmp_path):
     data = tones(tmp_path/'own', some_rows())
     done = cmlf('train', '--data', data, *SMALL, '--set', 'lr=1e30', '--set', 'schedule=constant', '--set', 'clip_norm=0', '--out', tmp_path/'run',
                 '--system', 'baseline')
     assert_refused_after_facts(done, 'stage 1', 'epoch 1', 'lower lr=1e+30')
 
 def test_class_names_as_captions_train(tmp_path):
-    "4 captions on 64 clips: groups too large for the batches are spread, which is said once a run."
+    "4 captions on 64 clips: groups too large for the batches are spread, and one line per run reports it."
     rows = [(f'{i:02}.wav', ['dog', 'rain', 'bell', 'wind'][i % 4], 'train' if i < 48 else 'val' if i < 56 else 'test') for i in range(64)]
     done = cmlf('train', '--data', tones(tmp_path/'own', rows), *SMALL, '--out', tmp_path/'run', '--json')
     assert done.returncode == 0, done.stderr
@@ -97,7 +97,7 @@ def from_panns(tmp_path_factory):
     shutil.move(folder/'run', folder/'moved'/'run')
     return folder/'moved'/'run', data
 
-def test_a_moved_run_evaluates_without_what_it_started_from(from_panns):
+def test_a_moved_run_is_evaluated_without_its_panns_file(from_panns):
     run, data = from_panns
     found = cmlf('evaluate', run, '--data', data, '--json')
     assert found.returncode == 0, found.stderr
@@ -105,27 +105,27 @@ def test_a_moved_run_evaluates_without_what_it_started_from(from_panns):
     assert {'R@50'} <= set(facts['more']['t2a']) and {'mAP@10'} <= set(facts['map']['a2t'])
     assert Run(run).metadata['profile']['tagger']['panns'].startswith('/') and Run(run).metadata['precision'] in ('bf16', 'float32')
 
-def test_a_run_on_another_corpus_scores_the_one_that_is_given(from_panns, tmp_path):
-    "A run of composed scenes once scored its own scenes, whatever --data said."
+def test_the_given_corpus_is_scored(from_panns, tmp_path):
+    "Regression: a run of composed scenes once ignored --data and scored its own scenes."
     run, data = from_panns
-    about = json.loads((run/'run.json').read_text())
-    twin = shutil.copytree(run, tmp_path/'twin')
-    (twin/'run.json').write_text(json.dumps(about | dict(profile=about['profile'] | dict(corpus='synthesised', n_train=32, n_val=8, n_test=24))))
-    assert evaluate_on(Run(twin), data)['pool'] == evaluate_on(Run(run), data)['pool'] == dict(clips=8, captions=8)
+    metadata = json.loads((run/'run.json').read_text())
+    copy = shutil.copytree(run, tmp_path/'copy')
+    (copy/'run.json').write_text(json.dumps(metadata | dict(profile=metadata['profile'] | dict(corpus='synthesised', n_train=32, n_val=8, n_test=24))))
+    assert evaluate_on(Run(copy), data)['pool'] == evaluate_on(Run(run), data)['pool'] == dict(clips=8, captions=8)
 
-def test_several_right_clips_per_caption(from_panns, tmp_path):
+def test_several_relevant_clips_per_caption(from_panns, tmp_path):
     run, data = from_panns
     one = json.loads(cmlf('evaluate', run, '--data', data, '--json').stdout)
     table = pd.read_csv(data)
     test = table[table.split == 'test']
     every = pd.DataFrame([(c, p) for c in test.caption for p in test.path], columns=['caption', 'file_name'])
     every.to_csv(tmp_path/'right.csv', index=False)
-    all_right = json.loads(cmlf('evaluate', run, '--data', data, '--relevance', tmp_path/'right.csv', '--at', 16, '--json').stdout)
-    assert all_right['t2a']['R@1'] == all_right['map']['t2a']['mAP@16'] == 100 >= one['t2a']['R@1']
+    all_relevant = json.loads(cmlf('evaluate', run, '--data', data, '--relevance', tmp_path/'right.csv', '--at', 16, '--json').stdout)
+    assert all_relevant['t2a']['R@1'] == all_relevant['map']['t2a']['mAP@16'] == 100 >= one['t2a']['R@1']
     every.assign(file_name='none.wav').to_csv(tmp_path/'wrong.csv', index=False)
     assert_refused_after_facts(cmlf('evaluate', run, '--data', data, '--relevance', tmp_path/'wrong.csv'), 'wrong.csv row 2', 'none.wav')
 
-# --- relative paths, from the door to the executed notebook
+# --- relative paths, from the command to the executed notebook
 
 def test_relative_paths_work_to_the_end(tmp_path):
     tones(tmp_path/'own', [(n.replace('.wav', ' #1 <b>"x".wav') if s == 'test' else n, c, s) for n, c, s in some_rows()])
@@ -141,11 +141,11 @@ def test_relative_paths_work_to_the_end(tmp_path):
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path/'report'/'table1.csv')
     assert len(table) == 10 and table.t2a_r1.notna().all() and table.pool_clips.eq(8).all()
-    assert str(tmp_path) not in (tmp_path/'report'/'notebooks'/'table1.ipynb').read_text(), 'a path of this machine'
-    odd_names_are_safe(tmp_path/'report')
+    assert str(tmp_path) not in (tmp_path/'report'/'notebooks'/'table1.ipynb').read_text(), 'the notebook contains a path of this machine'
+    check_odd_names(tmp_path/'report')
 
-def odd_names_are_safe(report):
-    "Clip ids with #, <b> and quotes: escaped in the page, and their sounds are found by a browser."
+def check_odd_names(report):
+    "Clip ids with #, <b> and quotes are escaped in the page, and a browser finds their sounds."
     page = (report/'index.html').read_text()
     assert '#1 <b>"x"' not in page and '&lt;b&gt;' in page
     import re
@@ -155,13 +155,13 @@ def odd_names_are_safe(report):
 
 # --- the report and stored settings
 
-def test_a_report_is_where_it_was_asked_for(monkeypatch, tmp_path):
+def test_report_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert report_folder('mini', 'x') == tmp_path/'x'
 
-def test_stored_settings_that_no_longer_exist_are_named(from_panns, tmp_path):
+def test_unknown_stored_settings_are_named(from_panns, tmp_path):
     run, data = from_panns
-    twin = shutil.copytree(run, tmp_path/'twin')
-    about = json.loads((run/'run.json').read_text())
-    (twin/'run.json').write_text(json.dumps(about | dict(profile=about['profile'] | dict(colour='blue'))))
-    with pytest.raises(CmlfError, match='colour'): evaluate_on(Run(twin), data)
+    copy = shutil.copytree(run, tmp_path/'copy')
+    metadata = json.loads((run/'run.json').read_text())
+    (copy/'run.json').write_text(json.dumps(metadata | dict(profile=metadata['profile'] | dict(colour='blue'))))
+    with pytest.raises(CmlfError, match='colour'): evaluate_on(Run(copy), data)

@@ -1,4 +1,4 @@
-"The site: it builds without a warning, every link leads somewhere, nothing comes from elsewhere, and its search finds things."
+"The site: it builds without warnings, all links work, it loads no external files, and its search box works."
 import contextlib, functools, http.server, importlib.util, json, re, resource, shutil, subprocess, sys, threading, time, urllib.request
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def small_site(folder, **pages):
     for name, text in pages.items(): (folder/f'{name}.html').write_text(text)
     return folder
 
-def test_links_that_lead_somewhere(tmp_path):
+def test_working_links(tmp_path):
     site = small_site(tmp_path, index='<h1 id="top"></h1><a href="two.html#here">x</a><a href="#top">x</a><a href="https://x.org">x</a>',
                       two='<p id="here"></p><img src="data:image/png;base64,AA=="><a href="index.html">x</a>')
     assert links.faults(site) == []
@@ -26,7 +26,7 @@ def test_links_that_lead_somewhere(tmp_path):
     ('<script src="https://cdn.example.org/a.js"></script>', 'loads https://cdn.example.org/a.js'),
     ('<link rel="stylesheet" href="//fonts.example.org/f.css">', 'loads //fonts'),
     ('<style>@import url("https://fonts.example.org/f.css");</style>', 'loads https://fonts')])
-def test_a_fault_is_named(tmp_path, page, fault):
+def test_a_broken_link_is_named(tmp_path, page, fault):
     found = links.faults(small_site(tmp_path, index=page, two='<p id="here"></p>'))
     assert len(found) == 1 and found[0].startswith('index.html: ') and fault in found[0]
 
@@ -47,7 +47,7 @@ def site(tmp_path_factory):
 
 def test_links(site): assert links.faults(site) == []
 
-def test_everything_has_its_page(site):
+def test_every_module_notebook_and_report_has_a_page(site):
     for path in notebooks.pages(): assert (site/path.relative_to(ROOT)).with_suffix('.html').is_file(), path
     for path in (ROOT/'cmlf').rglob('[a-z]*.py'):
         assert (site/'api'/('.'.join(path.relative_to(ROOT/'cmlf').with_suffix('').parts) + '.html')).is_file(), path
@@ -67,7 +67,7 @@ def test_comments_beside_arguments_are_documentation(site):
 
 @contextlib.contextmanager
 def served(folder):
-    "The address of a folder on this machine alone."
+    "Serve a folder on this machine; gives the address."
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=folder))
@@ -76,7 +76,7 @@ def served(folder):
     finally: server.shutdown(); server.server_close()
 
 class Tab:
-    "A page in a browser, driven by the DevTools protocol."
+    "A page in a browser, controlled by the DevTools protocol."
     def __init__(self, port):
         import websocket
         with urllib.request.urlopen(f'http://127.0.0.1:{port}/json', timeout=10) as f: tabs = json.load(f)
@@ -115,7 +115,7 @@ def tab(tmp_path):
         yield Tab((profile/'DevToolsActivePort').read_text().split()[0])
     finally: browser.terminate(); browser.wait(20)
 
-def test_the_search_box_finds_things(site, tab):
+def test_the_search_box_finds_pages(site, tab):
     with served(site) as address:
         tab.send('Network.enable')
         tab.send('Page.navigate', url=f'{address}/index.html?q=temperature')

@@ -1,4 +1,4 @@
-"Soundscapes: recordings in both layouts, bad input, determinism, and splits that share nothing."
+"Soundscapes: recordings in both layouts, bad input, determinism, and splits without common sources."
 import os, subprocess, sys
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from cmlf.features import SAMPLE_RATE
 from cmlf.soundscapes import (EVENTS, Event, Scene, caption_scene, compose, draw_scenes, recording_library,
                               synth_library, tagging_corpus)
 
-REAL = os.environ.get('CMLF_ESC_DIR')  # the tests below must not see it
+REAL = os.environ.get('CMLF_ESC_DIR')  # the variable is removed for most tests
 SMOKE = get_profile('smoke')
 RECORDINGS = get_profile('smoke', {'corpus': 'recordings', 'n_train': 40, 'n_val': 8, 'n_test': 8})
 
@@ -198,14 +198,14 @@ def test_seed_and_prefix():
     assert draw_scenes(library, 'train', 50, 0) != draw_scenes(library, 'train', 50, 1)
 
 
-def test_draws_of_takes_are_disjoint():
+def test_random_numbers_of_takes_are_disjoint():
     library = synth_library()
     first = {s: {tuple(rng(0, 'take', t).uniform(0, 1, 2)) for ts in library.sources[s].values() for t in ts} for s in SPLITS}
     assert len(set().union(*first.values())) == sum(map(len, first.values()))
 
 
 @pytest.mark.parametrize('kind', synth_library().kinds)
-def test_events_are_sound_at_every_length(kind):
+def test_events_of_every_length_are_audible(kind):
     library = synth_library()
     for seconds in (.4, 2.):
         for a in ('', *library.attributes(kind)):

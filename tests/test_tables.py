@@ -1,4 +1,4 @@
-"The tables of the smoke runs: what a row costs, what Table II adds, intervals and deviations."
+"Tables of the smoke runs: costs, scores after each stage, intervals and standard deviations."
 import pytest
 
 from cmlf.config import get_profile
@@ -6,17 +6,17 @@ from cmlf.experiments import Experiment
 from cmlf.tables import table
 
 @pytest.fixture(scope='module')
-def smoke_runs(): return Experiment(get_profile('smoke'))   # the runs that the notebooks' own tests share
+def smoke_runs(): return Experiment(get_profile('smoke'))   # the notebooks share these runs
 
-def test_minutes_of_a_mined_row_include_what_it_needs(smoke_runs):
+def test_minutes_of_a_mined_row_include_its_parents(smoke_runs):
     one = table(smoke_runs, 1)
-    mined, joint, scenes = (one[(one.system == s) & (one.audio_encoder == 'scratch') & (one.chm.fillna('') == c)].iloc[0]
+    mined, joint, staged = (one[(one.system == s) & (one.audio_encoder == 'scratch') & (one.chm.fillna('') == c)].iloc[0]
                             for s, c in (('3CMLF', 'yes'), ('ResNet38+BERT', ''), ('3CMLF', 'no')))
     run = smoke_runs.run(smoke_runs.spec('3cmlf', 'scratch', True))
     assert run.metadata['vector_minutes'] > 0
-    assert mined.minutes == pytest.approx(mined.minutes_own + joint.minutes_own, abs=0.02) and scenes.minutes == scenes.minutes_own
+    assert mined.minutes == pytest.approx(mined.minutes_own + joint.minutes_own, abs=0.02) and staged.minutes == staged.minutes_own
 
-def test_table_two_shows_each_stage_by_itself(smoke_runs):
+def test_table_two_has_minutes_and_epoch_of_each_stage(smoke_runs):
     two = table(smoke_runs, 2)
     run = smoke_runs.run(smoke_runs.spec('3cmlf', 'scratch', True))
     scratch = two[two.audio_encoder == 'scratch']
