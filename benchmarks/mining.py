@@ -1,11 +1,11 @@
-"""Mining against its competitors on the captions of AudioCaps, and its growth on made-up vectors.
+"""Compare mining with other methods on AudioCaps captions; time and memory on synthetic vectors.
 
     python benchmarks/mining.py --captions /path/to/csv_files
 
-Captions are encoded by the packaged MiniLM (once; kept in runs/mining), nothing of them is in the
-report. Every line of the tables is a process of its own, so that its peak memory is its own. Writes
-mining.md, .csv, .json and .png to reports/benchmarks. `--parts growth` renews one part;
-`--vectors 8000` rehearses on a few and writes to runs/mining.
+Captions are encoded once by the packaged MiniLM and stored in runs/mining; the report contains no
+captions. Every line of the tables is computed in a new process, so that its peak memory can be
+measured. Writes mining.md, .csv, .json and .png to reports/benchmarks. `--parts growth` repeats one
+part; `--vectors 8000` is a quick trial with few captions, which writes to runs/mining.
 """
 import argparse, json, os, resource, subprocess, sys, time
 from pathlib import Path
@@ -16,20 +16,20 @@ import torch
 
 from cmlf import mining
 from cmlf.appendix import batch_search, bounds as dual, neighbours
-from cmlf.batches import (Task, easy_bound, mean_similarity, mine_random, random_swaps, unit_vectors,
-                          weight_function)
+from cmlf.batches import (Task, easy_bound, mean_similarity, mine_random, random_swaps,
+                          unit_vectors, weight_function)
 from cmlf.core import (CmlfError, Progress, atomic_path, commit, content_hash, device, machine,
                        one_of, read_json, rng, log, write_json, write_text)
 
 ROOT, B = Path(__file__).resolve().parent.parent, 32
 OURS, SIZES = 'cmlf', (10_000, 100_000, 1_000_000)
 
-# ---- competitors: (x, kind, effort) -> batches (M, B)
+# ---- other methods: (x, kind, effort) -> batches (M, B)
 
 def full_batches(order): return order[:len(order) // B * B].view(-1, B)
 
 def greedy(x, kind, effort):
-    "A random anchor and the 31 vectors most (easy: least) like it that are left, again and again."
+    "Repeat: a random anchor and its 31 most similar (easy: least similar) remaining vectors."
     sign = 1 if kind == 'hard' else -1
     left = torch.ones(len(x), dtype=torch.bool, device=x.device)
     batches = []
@@ -43,7 +43,7 @@ def greedy(x, kind, effort):
     return torch.stack(batches)
 
 def cuthill_mckee(x, kind, effort, mean_degree=50):
-    "Reverse Cuthill-McKee order of all pairs above a threshold, cut into runs (as GCBS does)."
+    "Reverse Cuthill-McKee order of all pairs above a threshold, cut into batches (as GCBS)."
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import reverse_cuthill_mckee
     some = x[torch.from_numpy(rng(0, 'threshold').permutation(len(x))[:512]).to(x.device)]
@@ -55,7 +55,7 @@ def cuthill_mckee(x, kind, effort, mean_degree=50):
     return full_batches(torch.from_numpy(order.astype(np.int64)).to(x.device))
 
 def nearest(x, k):
-    "The k nearest of every vector, exactly: cosines and indices (N, k)."
+    "The exact k nearest neighbours of every vector: cosines and indices (N, k)."
     found = []
     for rows in torch.arange(len(x), device=x.device).split(1024):
         w = x[rows] @ x.T
@@ -64,7 +64,7 @@ def nearest(x, k):
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 def metis(x, kind, effort, k=50):
-    "METIS on the graph of the 50 nearest (as B3 does); a surplus goes to free slots nearby."
+    "METIS on the graph of 50 neighbours (as B3); surplus vectors go to similar batches."
     import pymetis
     from scipy.sparse import csr_matrix
     w, at = nearest(x, k)
@@ -77,11 +77,11 @@ def metis(x, kind, effort, k=50):
     part = torch.tensor(part, device=x.device)
     sums = x.new_zeros(len(x) // B, x.shape[1]).index_add_(0, part, x)
     like = x @ torch.nn.functional.normalize(sums, dim=1).T
-    like[torch.arange(len(x)), part] += 2 # its own part first
+    like[torch.arange(len(x)), part] += 2 # prefers its own part
     return batch_search.deferred_acceptance(*like.topk(16), len(sums), B)[0]
 
 def exchange_only(x, kind, effort):
-    "Swaps alone: from the tree, between promising pairs; easy from random batches, between any."
+    "Swaps only; hard: local search from the bisection tree, easy: from random batches."
     task = Task(x, len(x) // B, B, None, rng(0, 'exchange'), weight_function(kind), effort)
     if kind == 'hard':
         batches = full_batches(neighbours.bisect(x, task.shuffled(len(x))[:task.m * B], B))
@@ -94,29 +94,29 @@ def exchange_only(x, kind, effort):
 METHODS = {'greedy: anchor + 31': greedy, 'reverse Cuthill-McKee (GCBS)': cuthill_mckee,
            'METIS, 50 nearest (B3)': metis, 'exchange only': exchange_only}
 
-# ---- jobs: each runs in a process of its own and returns JSON values
+# ---- jobs: each runs in a new process and returns JSON values
 
 def load(path):
     x = torch.from_numpy(np.load(path)).to(device())
     return unit_vectors(x)
 
 def peak_gb():
-    "Peak memory of this process, on the device where there is one."
+    "Peak memory of this process in GB; on a GPU, of the GPU."
     if device().type == 'cuda': return torch.cuda.max_memory_allocated() / 2**30
-    status = Path('/proc/self/status') # getrusage would count what the parent held at the start
+    status = Path('/proc/self/status') # getrusage would include memory of the parent process
     if not status.exists(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     lines = status.read_text().splitlines()
     return next(int(l.split()[1]) for l in lines if l.startswith('VmHWM')) / 2**20
 
 def compare(vectors, method, kind, effort):
-    "One line of the table."
+    "One line of the comparison: cosine, seconds, peak memory."
     x, began = load(vectors), time.perf_counter()
     if method in (OURS, 'random'): value = mining.mine(x, B, kind, sweeps=effort).mean_similarity
     else: value = mean_similarity(x, METHODS[method](x, kind, effort))
     return dict(cosine=value, seconds=time.perf_counter() - began, peak_gb=peak_gb())
 
 def bounds(vectors):
-    "Both bounds, and how the hard one falls."
+    "The easy and the hard bound, and the hard bound after each step."
     x = load(vectors)
     leaves = mining.mine(x, B, 'hard', sweeps=20).leaves()
     m, rows, began = len(x) // B, [], time.perf_counter()
@@ -133,25 +133,25 @@ def bounds(vectors):
     return dict(easy=easy, hard=min(r['value'] for r in rows), nearest=star, sampled=guess,
                 peak_gb=peak, stages=rows)
 
-def mates(batches):
-    "All pairs of batch-mates, as sorted numbers."
+def pairs_in_batches(batches):
+    "All pairs that share a batch, one number per pair."
     i, j = np.triu_indices(B, 1)
     b = np.sort(batches, 1)
     return b[:, i].ravel() * 2**32 + b[:, j].ravel()
 
 def epochs(vectors, kind, effort):
-    "Four epochs: their quality, and the share of batch-mates that the first shares with each."
+    "Four epochs: mean cosine, and the fraction of pairs in a batch that share one in epoch 0 too."
     x, rows, first = load(vectors), [], None
     for epoch in range(4):
         found = mining.mine(x, B, kind, epoch=epoch, sweeps=effort)
-        pairs = mates(found.batches)
+        pairs = pairs_in_batches(found.batches)
         first = pairs if first is None else first
         rows.append(dict(kind=kind, epoch=epoch, cosine=found.mean_similarity,
                          seconds=found.seconds, shared=np.isin(pairs, first).mean()))
     return rows
 
 def negatives(vectors, labels, kind):
-    "Pairs of equal captions, and of nearly equal vectors, in batches with and without groups."
+    "Numbers of pairs in a batch with equal captions or similar vectors, with and without groups."
     x, g, rows = load(vectors), np.load(labels), []
     for groups in (None, g):
         found = mining.mine(x, B, kind, groups=groups, sweeps={'hard': 20, 'easy': 1}.get(kind))
@@ -164,8 +164,8 @@ def negatives(vectors, labels, kind):
                          cosine=found.mean_similarity, seconds=found.seconds))
     return rows
 
-def made_up(n, d=384):
-    "Clustered vectors: n / 200 topics of uneven size around 50 themes, none equally close."
+def synthetic_vectors(n, d=384):
+    "Synthetic vectors: n / 200 clusters of different sizes and widths, in 50 larger clusters."
     r = rng(0, 'growth', n)
     themes, topics = (r.normal(size=(k, d)).astype(np.float32) for k in (50, n // 200))
     topics += themes[r.integers(50, size=len(topics))]
@@ -178,8 +178,8 @@ def made_up(n, d=384):
     return x
 
 def growth(n, kind, effort):
-    "Time and memory for n made-up vectors; the bound takes its own."
-    x = unit_vectors(torch.from_numpy(made_up(n)).to(device()))
+    "Time and memory for n synthetic vectors, for mining and for its bound."
+    x = unit_vectors(torch.from_numpy(synthetic_vectors(n)).to(device()))
     found = mining.mine(x, B, kind, sweeps=effort)
     peak, began = peak_gb(), time.perf_counter()
     bound = found.bound
@@ -190,7 +190,7 @@ def growth(n, kind, effort):
 JOBS = {f.__name__: f for f in (compare, bounds, epochs, negatives, growth)}
 
 def job(name, **settings):
-    "`JOBS[name](**settings)` in a process of its own."
+    "`JOBS[name](**settings)` in a new process."
     given = [str(v) for k, v in settings.items() if k not in ('vectors', 'labels')]
     log(' '.join([name, *given, '...']))
     began, what = time.perf_counter(), json.dumps([name, settings])
@@ -206,7 +206,7 @@ def job(name, **settings):
 # ---- captions
 
 def encode(captions):
-    "(N, 384) vectors by the packaged MiniLM, mean over tokens; short ones first, to pad little."
+    "(N, 384) vectors by the packaged MiniLM, mean over tokens; sorted by length, to pad less."
     from cmlf.encoders import TextEncoder
     net = TextEncoder('minilm', 'mean').to(device()).eval()
     order = np.argsort([len(c) for c in captions], kind='stable')
@@ -219,7 +219,7 @@ def encode(captions):
     return out
 
 def prepare(folder, limit, work):
-    "Files of vectors, and of labels that are equal for equal captions, of the training captions."
+    "Write vectors and labels of the training captions; labels are equal for equal captions."
     from cmlf.data import clean_caption
     table = Path(folder)/'train.csv'
     if not table.exists():
@@ -272,29 +272,29 @@ PARTS = dict(compare=compare_all, epochs=all_epochs, negatives=all_negatives, gr
 
 def first(rows, **wanted): return next(r for r in rows if all(r[k] == v for k, v in wanted.items()))
 
-def describe(r): return f'{r["cosine"]:.4f} in {r["seconds"]:.1f} s (`sweeps={r["sweeps"]}`)'
+def line_text(r): return f'{r["cosine"]:.4f} in {r["seconds"]:.1f} s (`sweeps={r["sweeps"]}`)'
 
-def within(rows, seconds, pick):
-    "The best line that took no longer."
+def best_within(rows, seconds, pick):
+    "The best line within a time limit."
     quick = [r for r in rows if r['seconds'] <= seconds]
-    return describe(pick(quick, key=lambda r: r['cosine'])) if quick else 'nothing'
+    return line_text(pick(quick, key=lambda r: r['cosine'])) if quick else 'nothing'
 
 def against_greedy(ours, greedy):
     as_good = [r for r in ours if r['cosine'] >= greedy['cosine']]
     if not as_good: return 'not reached'
     quick = min(as_good, key=lambda r: r['seconds'])
-    return f'{describe(quick)}, {greedy["seconds"] / quick["seconds"]:.1f} times as fast'
+    return f'{line_text(quick)}, {greedy["seconds"] / quick["seconds"]:.1f} times as fast'
 
 def verdicts(rows):
-    "The figures that were to be reached, each with what was reached."
+    "The targets, each with the result."
     ours = [r for r in rows if r['method'] == OURS]
     hard, easy = ([r for r in ours if r['kind'] == k] for k in ('hard', 'easy'))
     greedy = first(rows, method='greedy: anchor + 31', kind='hard')
-    return [f'- hard, at least 0.72 within 15 s: {within(hard, 15, max)}',
-            f'- hard, the best within 60 s: {within(hard, 60, max)}',
+    return [f'- hard, at least 0.72 within 15 s: {best_within(hard, 15, max)}',
+            f'- hard, the best within 60 s: {best_within(hard, 60, max)}',
             f"- greedy's quality ({greedy['cosine']:.4f} in {greedy['seconds']:.1f} s) "
             f'in a tenth of its time: {against_greedy(hard, greedy)}',
-            f'- easy, at most 0.1953 within 10 s: {within(easy, 10, min)}',
+            f'- easy, at most 0.1953 within 10 s: {best_within(easy, 10, min)}',
             f'- peak memory of ours, under 2 GB: {max(r["peak_gb"] for r in hard + easy):.2f} GB']
 
 FORMATS = dict(cosine='.4f', seconds='.1f', peak_gb='.2f', bound='.4f', gap='.4f', value='.4f',
@@ -314,22 +314,22 @@ def best_first(rows):
 
 def compare_section(c):
     b = c['bounds']
-    return f"""## Against the competitors
+    return f"""## Comparison with other methods
 
 {chr(10).join(verdicts(c['rows']))}
 
 {table(best_first(c['rows']))}
 
-`sweeps` is the effort of each method in its own terms (ours: passes over all vectors; exchange:
-passes over pairs of batches). Ours with 0 sweeps is principal-axis bisection alone (hard), or its
-strata assigned in their order (easy). `peak_gb` is of the whole process; torch alone has about 0.4.
+`sweeps` is the effort of each method (ours: passes over all vectors; exchange: passes over pairs of
+batches). With 0 sweeps, ours is only principal-axis bisection (hard), or the strata in order
+(easy). `peak_gb` is the peak memory of the whole process, of which torch uses about 0.4.
 
 ![quality against seconds](mining.png)
 
 ## The bound for hard batches
 
-The mean of the 31 nearest is {b['nearest']:.4f}. The bound from 4,096 rows, without triangle inequalities, is
-{b['sampled']:.4f}. Peak memory {b['peak_gb']:.2f} GB.
+The mean cosine of the 31 nearest neighbours is {b['nearest']:.4f}. The bound from 4,096 rows,
+without triangle inequalities, is {b['sampled']:.4f}. Peak memory {b['peak_gb']:.2f} GB.
 
 {table(b['stages'])}
 """
@@ -339,27 +339,28 @@ def epochs_section(rows):
 
 {table(rows)}
 
-`shared`: of all pairs of batch-mates, those that were mates in epoch 0 already.
+`shared` is the fraction of the pairs in a batch that share a batch in epoch 0 too.
 """
 
 def negatives_section(rows):
     return f"""## False negatives
 
-Pairs with equal captions, and pairs with a cosine of 0.95 or more, that meet in a batch; the share
-of batches that hold equal captions. Without groups is the paper's procedure.
+The table counts pairs in one batch that have equal captions, or a cosine of 0.95 or more. It also
+has the fraction of batches with equal captions. The paper's procedure is without groups.
 
 {table(rows)}
 """
 
 def growth_section(rows):
-    return f"""## Growth
+    return f"""## Time and memory
 
-Made-up clustered vectors, 384-d. `peak_gb` is before the bound is asked for.
+Synthetic clustered vectors, 384-d. `peak_gb` is measured before the bound is computed.
 
 {table(rows)}
 """
 
-SECTIONS = dict(compare=compare_section, epochs=epochs_section, negatives=negatives_section, growth=growth_section)
+SECTIONS = dict(compare=compare_section, epochs=epochs_section, negatives=negatives_section,
+                growth=growth_section)
 
 def report(found):
     "The report as markdown."
@@ -403,9 +404,10 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument('--captions', default=os.environ.get('CMLF_AUDIOCAPS_CSV'),
                         help='folder of the csv files (CMLF_AUDIOCAPS_CSV)')
-    parser.add_argument('--parts', default=','.join(PARTS), help='which to measure: %(default)s')
+    parser.add_argument('--parts', default=','.join(PARTS),
+                        help='parts to measure (default: %(default)s)')
     parser.add_argument('--vectors', type=int, default=0,
-                        help='a rehearsal with so many captions, and small made-up sets')
+                        help='a quick trial with this number of captions, and small synthetic sets')
     parser.add_argument('--runs', default=os.environ.get('CMLF_RUNS', ROOT/'runs'), type=Path)
     parser.add_argument('--job', help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -416,7 +418,8 @@ def main():
         name, settings = json.loads(args.job)
         return print(json.dumps(JOBS[name](**settings), default=float))
     if not args.captions:
-        raise CmlfError('no captions: give the folder of the AudioCaps csv files, with --captions or CMLF_AUDIOCAPS_CSV')
+        raise CmlfError('no captions: give the folder of the AudioCaps csv files by --captions '
+                        'or CMLF_AUDIOCAPS_CSV')
     parts = [one_of(p, PARTS, 'part') for p in args.parts.split(',')]
     work = args.runs/'mining'
     work.mkdir(parents=True, exist_ok=True)

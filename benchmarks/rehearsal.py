@@ -1,10 +1,10 @@
-"""Rehearse the AudioCaps path at full size: the real captions, stand-in sounds of one second, tiny encoders.
+"""Test the AudioCaps profile at full size: real captions, synthetic sounds of one second, tiny encoders.
 
     python benchmarks/rehearsal.py --captions /path/to/csv_files
 
-Everything that a real run does is done, once: files to log-mel store, ancillary vectors, mining of the whole training
-set, the three stages, MoEE and CE on feature files, evaluation, Tables I-III. The scores mean nothing. Minutes, peak memory
-and disk are written to reports/benchmarks/rehearsal.json; the report itself, which holds captions, stays in the run folder.
+All steps of a real run are executed once: log-mel store, ancillary vectors, mining of the whole training set, the three
+stages, MoEE and CE on feature files, evaluation, Tables I-III. The scores have no meaning. Minutes, peak memory and disk
+space are written to reports/benchmarks/rehearsal.json. The report itself contains captions and stays in the run folder.
 """
 import argparse, json, os, resource, subprocess, sys, time
 from pathlib import Path
@@ -19,16 +19,16 @@ from cmlf.layouts import load_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERTS = dict(audio=(10, 128), vggsound=(32, 512))  # (tokens, width) of the reference's features
-KINDS = 'baseline-scratch-* 3cmlf-scratch-chm-* experts-* ce-* moee-*'  # one run of each kind; scratch covers batch 16 and 64
+KINDS = 'baseline-scratch-* 3cmlf-scratch-chm-* experts-* ce-* moee-*'  # one run of each kind; also batch sizes 16 and 64
 
 def stand_in(name:str, rate:int=8000) -> np.ndarray:
-    "One second of a tone and noise that the name determines."
+    "One second of a tone and noise, determined by the name."
     r = rng(0, 'stand-in', name)
     t = np.arange(rate) / rate
     return (0.3 * np.sin(2 * np.pi * r.uniform(100, 3000) * t) + r.uniform(-0.1, 0.1, rate)).astype(np.float32)
 
 def make_tree(captions:Path, tree:Path, clips:int):
-    "csv_files/ with the real captions and waveforms/ with a stand-in for each."
+    "csv_files/ with the real captions, and waveforms/ with a synthetic sound for each clip."
     (tree/'csv_files').mkdir(parents=True, exist_ok=True)
     (tree/'waveforms').mkdir(exist_ok=True)
     for split in ('train', 'val', 'test'):
@@ -37,13 +37,13 @@ def make_tree(captions:Path, tree:Path, clips:int):
         table = pd.read_csv(path)
         table = table.head(clips) if clips else table
         table.to_csv(tree/'csv_files'/f'{split}.csv', index=False)
-        with Progress(len(table), f'stand-in sounds of {split}') as bar:
+        with Progress(len(table), f'synthetic sounds of {split}') as bar:
             for name in table.file_name:
                 if not (tree/'waveforms'/name).exists(): soundfile.write(tree/'waveforms'/name, stand_in(name), 8000)
                 bar.step()
 
 def make_features(tree:Path):
-    "Random features in the form users have them: one HDF5 file per expert, a dataset per clip."
+    "Random features in HDF5 files: one file per expert, one dataset per clip."
     ids = [c.id for c in load_corpus(tree, 1.0, audio=False).clips]
     for name, (tokens, width) in EXPERTS.items():
         path = tree/f'{name}.h5'
@@ -53,16 +53,16 @@ def make_features(tree:Path):
         os.replace(path.with_suffix('.part'), path)
 
 def disk(folder) -> float:
-    "GB of the files below a folder."
+    "Size of all files in a folder, in GB."
     return sum(f.stat().st_size for f in Path(folder).rglob('*') if f.is_file()) / 2**30
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--captions', default=os.environ.get('CMLF_AUDIOCAPS_CSV'), help='folder of the csv files (CMLF_AUDIOCAPS_CSV)')
     parser.add_argument('--out', type=Path, default=ROOT/'runs'/'rehearsal')
-    parser.add_argument('--clips', type=int, default=0, help='only so many clips of each split; 0: all')
+    parser.add_argument('--clips', type=int, default=0, help='number of clips of each split; 0: all')
     args = parser.parse_args()
-    if not args.captions: raise CmlfError('say where the AudioCaps csv files are: --captions, or CMLF_AUDIOCAPS_CSV')
+    if not args.captions: raise CmlfError('no captions: give the folder of the AudioCaps csv files by --captions or CMLF_AUDIOCAPS_CSV')
     start, tree = time.time(), args.out/'stand-in sounds'
     make_tree(Path(args.captions), tree, args.clips)
     make_features(tree)
