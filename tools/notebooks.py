@@ -53,7 +53,7 @@ def execute(path) -> str:
     "Run a notebook in a fresh kernel, in its own folder, and keep what it shows. Returns a line about it."
     from nbclient import NotebookClient
     before, nb, start = path.read_bytes(), read(path), time.monotonic()
-    client = NotebookClient(nb, timeout=1800, kernel_name='python3', coalesce_streams=True,
+    client = NotebookClient(nb, timeout=1800, kernel_name='python3', extra_arguments=['--log-level=ERROR'], coalesce_streams=True,
                             resources={'metadata': {'path': str(path.parent)}})
     left_out = 0
     with client.setup_kernel(env=kernel_env()):
