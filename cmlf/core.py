@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'CmlfError', 'one_of', 'as_bool', 'rng', 'seed_everything', 'atomic_path', 'write_text', 'absolute',
            'write_json', 'read_json', 'read_npy', 'content_hash', 'file_hash', 'cache_folder', 'cached', 'path_hash',
            'versions', 'commit', 'committed', 'device', 'has_bf16', 'bf16_speed', 'prefers_bf16', 'precision',
-           'autocast', 'machine', 'Progress', 'log']
+           'autocast', 'machine', 'has_kernel', 'Progress', 'log']
 
 # %% ../nbs/00_core.ipynb #fe28b0fd
 import contextlib, difflib, functools, hashlib, json, os, platform, random
@@ -269,6 +269,11 @@ def machine() -> dict:
     return dict(device=device().type, name=name, cores=os.cpu_count(), cpu=' '.join(flags),
                 threads=torch.get_num_threads(), bf16=has_bf16(), precision=precision(),
                 system=platform.system())
+
+def has_kernel() -> bool:
+    "Whether Jupyter can run notebooks with a kernel named python3."
+    from jupyter_client.kernelspec import KernelSpecManager
+    return 'python3' in KernelSpecManager().find_kernel_specs()
 
 # %% ../nbs/00_core.ipynb #d6299a15
 class Progress:

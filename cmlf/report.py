@@ -21,8 +21,8 @@ from .appendix.page import (all_runs, flat_settings, read_records, render, view_
                                 view_page)
 from .config import (PATH_SETTINGS, Profile, expert_files, get_profile, locate, pick,
                          resolve_paths)
-from .core import (CmlfError, atomic_path, commit, committed, log, machine, one_of, read_json,
-                       versions, write_json, write_text)
+from .core import (CmlfError, atomic_path, commit, committed, has_kernel, log, machine, one_of,
+                       read_json, versions, write_json, write_text)
 from .data import safe_name
 from .experiments import METRICS, MORE, Experiment
 from .features import SAMPLE_RATE, LogMel
@@ -213,24 +213,29 @@ def clip_card(self:Report, i:int # index in the test set
 
 # %% ../nbs/16_report.ipynb #79fdf2c0
 @patch
-def query_card(self:Report, run:Run, q:int, # index of a caption of the test set
+def query_card(self:Report, run:Run,
+               found, # its retrieval result with `t2a_ranks`
+               q:int, # index of a caption of the test set
                verdict:str, # 'best' or 'worst'
               ) -> dict:
     "A query with the rank of its own sound, that sound, and the sound that is ranked first."
     captions = [c for clip in self.exp.corpus.split('test').clips for c in clip.raw]
     audio, text = (torch.as_tensor(run.arrays[f'{k}_{run.metadata["stages"]}'])
                    for k in ('audio', 'text'))
+    own = int(run.arrays['owner'][q])
     top = int(torch.cosine_similarity(text[q][None], audio).argmax())
-    return dict(verdict=verdict, query=captions[q], rank=int(run.retrieval().t2a_ranks[q]) + 1,
-                meant=self.clip_card(int(run.arrays['owner'][q])), found=self.clip_card(top))
+    meant = self.clip_card(own)
+    return dict(verdict=verdict, query=captions[q], rank=int(found.t2a_ranks[q]) + 1, meant=meant,
+                found=meant if top == own else self.clip_card(top))
 
 # %% ../nbs/16_report.ipynb #dfbcb2c8
 @patch
 def retrievals(self:Report, run:Run, # of a dual encoder
                n:int=3) -> str: # HTML
     "Keep the n best and n worst queries of a run for the report, and show them."
-    picked = pick_queries(run.retrieval(), run.arrays['owner'], n)
-    self.cards += [self.query_card(run, q, verdict)
+    found = run.retrieval()
+    picked = pick_queries(found, run.arrays['owner'], n)
+    self.cards += [self.query_card(run, found, q, verdict)
                    for verdict, queries in zip(('best', 'worst'), picked) for q in queries]
     embed = self.exp.profile.corpus.source == 'synthesised'
     groups = view_cards(self.cards, self.out, embed, base='../') # seen from out/notebooks
@@ -331,7 +336,8 @@ def run_notebook(path, # of the notebook
     "Execute a notebook by papermill, checked before and after."
     import logging, papermill
     check_parameters(path, parameters)
-    _need_kernel()
+    if not has_kernel():
+        raise CmlfError('no Jupyter kernel named python3: install ipykernel in this environment')
     logging.getLogger('papermill').setLevel(logging.ERROR) # names are checked above
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -343,11 +349,6 @@ def run_notebook(path, # of the notebook
         raise CmlfError(f'{path}: cell {e.exec_count} failed with {e.ename}: {e.evalue} '
                         f'(see {output})') from None
     check_executed(output)
-
-def _need_kernel():
-    from jupyter_client.kernelspec import KernelSpecManager
-    if 'python3' not in KernelSpecManager().find_kernel_specs():
-        raise CmlfError('no Jupyter kernel named python3: install ipykernel in this environment')
 
 # %% ../nbs/16_report.ipynb #312d9af9
 def hide_paths(path, # of an executed notebook

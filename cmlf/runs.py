@@ -223,10 +223,14 @@ def is_done(store:RunStore, spec:RunSpec) -> bool:
     return (store.run_folder(spec)/'run.json').exists()
 
 @patch
+def selects(self:RunStore, spec:RunSpec) -> bool:
+    "Whether `only` names a run, or leaves out none."
+    return not self.only or any(fnmatch(spec.name, pattern) for pattern in self.only)
+
+@patch
 def allows(self:RunStore, spec:RunSpec) -> bool:
     "Whether a run is stored or may be trained."
-    return (is_done(self, spec) or not self.only
-            or any(fnmatch(spec.name, pattern) for pattern in self.only))
+    return is_done(self, spec) or self.selects(spec)
 
 # %% ../nbs/13_runs.ipynb #0aa1e47e
 @patch

@@ -17,7 +17,7 @@ from scipy import fft, signal
 
 from .appendix.recordings import events_folder, read_recordings
 from .appendix.synthesis import SYNTHESISED, band, decay
-from .config import Profile
+from .config import COMPOSED, Profile
 from .core import CmlfError, one_of, rng
 from .data import SPLITS, Clip, Corpus, clean_caption
 from .features import SAMPLE_RATE
@@ -323,7 +323,7 @@ def caption_scene(scene:Scene, # what to describe
 
 # %% ../nbs/05_soundscapes.ipynb #bffcbf04
 def _library(profile, events_dir):
-    corpus = one_of(profile.corpus.source, ('synthesised', 'recordings'), 'corpus to compose')
+    corpus = one_of(profile.corpus.source, COMPOSED, 'corpus to compose')
     if corpus == 'synthesised': return synth_library()
     return recording_library(events_folder(events_dir))
 

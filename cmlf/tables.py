@@ -9,12 +9,12 @@ __all__ = ['ROWS', 'TITLES', 'COMPARISONS', 'Row', 'spec_of', 'runs_needed', 'ch
 # %% ../nbs/15_tables.ipynb #f4a1a4c2
 import contextlib, itertools
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from .config import COMPOSED
 from .core import CmlfError, device, log, one_of, write_text
 from .data import SPLITS
 from .experiments import (METRICS, MORE, Experiment, estimate, measure, more_scores,
@@ -101,10 +101,10 @@ def check_needs(exp:Experiment,
                 seeds:int):
     "Raise an error if the tables need a file that was not given."
     p, asked = exp.profile, runs_needed(exp, numbers, seeds, lambda spec: True)
-    if exp.only: asked = [s for s in asked if any(fnmatch(s.name, o) for o in exp.only)]
+    asked = list(filter(exp.selects, asked))
     systems = {s.system for spec in asked for s in (spec, *exp.parents(spec))}
     # without --data, reading the corpus raises an error that names --data
-    if p.corpus.source in ('synthesised', 'recordings') or not exp.data: return
+    if p.corpus.source in COMPOSED or not exp.data: return
     if 'tagger' in systems:
         raise CmlfError('pre-trained rows start from PANNs weights: give --set panns=FILE (see '
                         '`cmlf doctor`), or leave them out with '
@@ -125,7 +125,7 @@ def split_sizes(exp:Experiment) -> dict: # split -> (clips, captions)
     return {s: (len(p), len(p.captions)) for s, p in parts.items()}
 
 def _planned(exp, numbers, seeds): # (spec, whether it is stored) per run
-    if exp.data or exp.profile.corpus.source in ('synthesised', 'recordings'):
+    if exp.data or exp.profile.corpus.source in COMPOSED:
         return [(s, is_done(exp, s)) for s in runs_needed(exp, numbers, seeds)]
     log('no --data: the plan is for all of AudioCaps, and counts every run as not yet trained')
     return [(s, False) for s in runs_needed(exp, numbers, seeds, allowed=lambda spec: True)]

@@ -1,6 +1,8 @@
-"Helpers of the tests: run the `cmlf` command in a new process."
-import os, subprocess, sys
+"Helpers of the tests: run the `cmlf` command in a new process, start a browser."
+import os, shutil, subprocess, sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,3 +17,10 @@ def assert_refused(done, *words):
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and 'Traceback' not in done.stderr
     for word in words: assert word in lines[0]
+
+def chromium(profile) -> list:
+    "The command of a headless Chromium with its own profile folder; the test is skipped without Chromium."
+    path = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if not path: pytest.skip('no Chromium is installed')
+    return [path, '--headless', '--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking', '--disable-sync',
+            '--disable-component-update', f'--user-data-dir={profile}']

@@ -9,7 +9,7 @@ import pytest
 from cmlf.appendix.page import read_records, view_page
 from cmlf.core import write_json
 from cmlf.report import write_index
-from command import ROOT, cmlf
+from command import ROOT, chromium, cmlf
 
 @pytest.fixture(scope='module')
 def report(tmp_path_factory):
@@ -113,11 +113,8 @@ addEventListener('load', () => {
 @pytest.fixture
 def browser(tmp_path):
     "A function that opens a page in Chromium with some flags and returns the output."
-    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-    if not chromium: pytest.skip('no Chromium is installed')
-    flags = ['--headless', '--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking', '--disable-sync',
-             '--disable-component-update', '--allow-file-access-from-files', f'--user-data-dir={tmp_path/"profile"}']
-    return lambda path, *more: subprocess.run([chromium, *flags, *more, path.as_uri()], capture_output=True, text=True,
+    command = [*chromium(tmp_path/'profile'), '--allow-file-access-from-files']
+    return lambda path, *more: subprocess.run([*command, *more, path.as_uri()], capture_output=True, text=True,
                                               timeout=120, check=True).stdout
 
 @pytest.fixture

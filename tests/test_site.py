@@ -1,10 +1,10 @@
 "The site: it builds without warnings, all links work, it loads no external files, and its search box works."
-import contextlib, functools, http.server, importlib.util, json, re, resource, shutil, subprocess, sys, threading, time, urllib.request
-from pathlib import Path
+import contextlib, functools, http.server, importlib.util, json, re, resource, subprocess, sys, threading, time, urllib.request
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from command import ROOT, chromium
+
 sys.path.insert(0, str(ROOT/'tools'))
 import links
 import notebooks
@@ -101,12 +101,8 @@ class Tab:
 @pytest.fixture
 def tab(tmp_path):
     pytest.importorskip('websocket')
-    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-    if not chromium: pytest.skip('no Chromium is installed')
     profile = tmp_path/'profile'
-    browser = subprocess.Popen([chromium, '--headless', '--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-sync',
-                                '--disable-background-networking', '--disable-component-update', '--window-size=1400,900',
-                                '--remote-debugging-port=0', f'--user-data-dir={profile}', 'about:blank'],
+    browser = subprocess.Popen([*chromium(profile), '--window-size=1400,900', '--remote-debugging-port=0', 'about:blank'],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(150):

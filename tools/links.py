@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 LOADS = {'img': 'src', 'script': 'src', 'audio': 'src', 'video': 'src', 'source': 'src', 'iframe': 'src', 'embed': 'src'}
+ELSEWHERE = re.compile(r'(?:@import|url\()\s*["\']?(https?://[^"\')]+)')  # in a style sheet
 ICONS = ('stylesheet', 'icon', 'preload', 'preconnect', 'dns-prefetch', 'modulepreload', 'manifest')
 
 class Page(HTMLParser):
@@ -30,12 +31,12 @@ def faults(site:Path) -> list[str]:
     for path, page in pages.items():
         where = path.relative_to(site.resolve())
         outside = [u for u in page.loads if urlsplit(u).scheme in ('http', 'https') or u.startswith('//')]
-        outside += re.findall(r'(?:@import|url\()\s*["\']?(https?://[^"\')]+)', texts[path])
+        outside += ELSEWHERE.findall(texts[path])
         found += [f'{where}: loads {u[:100]}' for u in outside]
         for url in dict.fromkeys(page.links + page.loads):
             if (fault := broken(url, path, pages, site.resolve())): found.append(f'{where}: {url[:100]}: {fault}')
     for path in site.rglob('*.css'):
-        found += [f'{path.relative_to(site)}: loads {u}' for u in re.findall(r'(?:@import|url\()\s*["\']?(https?://[^"\')]+)', path.read_text())]
+        found += [f'{path.relative_to(site)}: loads {u}' for u in ELSEWHERE.findall(path.read_text())]
     return found
 
 def broken(url, path, pages, site) -> str:

@@ -54,7 +54,6 @@ def on_config(config):
         {'API': ['api/index.md', *({m: f'api/{m}.md'} for m in modules())]},
         {'Reports': ['reports/index.md', 'reports/benchmarks/mining.md']},
         {'Project': ['contributing.md', 'changelog.md']}]
-    config.nav[2]['Notebooks'] = [e for e in config.nav[2]['Notebooks'] if not isinstance(e, dict) or next(iter(e.values()))]
     return config
 
 @event_priority(100)  # before mkdocs-jupyter, which wraps the notebooks
@@ -130,14 +129,8 @@ def on_post_build(config):
     for path in report_files():
         copy = Path(config.site_dir)/path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        if path.name == 'index.html': copy.write_text(without_missing_sounds(path))
-        else: shutil.copyfile(path, copy)
+        shutil.copyfile(path, copy)
     for folder in (Path(config.site_dir)/'reports').glob('*/notebooks'): (folder/'index.html').write_text(listing(folder))
-
-def without_missing_sounds(path) -> str:
-    "A report's page; recordings that may not be distributed are not in the repository, and have no player."
-    def player(m): return m[0] if m[1].startswith('data:') or (path.parent/m[1]).exists() else '<small>(recording: see CREDITS.md)</small>'
-    return re.sub(r'<audio[^>]*src="([^"]+)"[^>]*></audio>', player, path.read_text())
 
 def listing(folder) -> str:
     "A page for a folder that a report links to."
