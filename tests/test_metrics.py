@@ -58,11 +58,11 @@ def pools(draw, values=4):
 
 
 @quick
-@given(pool=pools(), block=st.sampled_from([1, 5, 2**22]))
-def test_ties_and_sets_against_loops(pool, block):
+@given(pool=pools(), tile=st.sampled_from([1, 2, 5, 1024]))
+def test_ties_and_sets_against_loops(pool, tile):
     sim, owner, relevant = pool
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(metrics, '_BLOCK', block); m.setattr(metrics, '_PART', block)
+        m.setattr(metrics, '_TILE', tile)
         check(retrieval_from_similarity(sim, owner), sim, owner)
         check(retrieval_from_similarity(sim, owner, relevant=relevant), sim, owner, relevant)
 
