@@ -203,6 +203,73 @@ def test_embeddings_and_their_cosines_agree_on_sets():
     assert a.asdict(ks=(2,), maps=(1, 16)) == b.asdict(ks=(2,), maps=(1, 16))
 
 
+def close_embeddings(seed, d=300, C=70, change=3e-7):
+    "Families of clips and captions that differ by so little that single precision cannot order them; and their owners."
+    random = np.random.default_rng(seed)
+    owner = np.sort(np.r_[np.arange(C), random.integers(0, C, 2 * C)])
+    near = lambda x: x + change * random.standard_normal(x.shape)
+    audio = near(random.standard_normal((C // 7, d))[np.arange(C) % (C // 7)])
+    text = near(audio[owner] + .5 * random.standard_normal((C // 7, d))[owner % (C // 7)])
+    text[5:9], audio[3] = text[4], audio[3 + C // 7]  # and some are equal
+    return audio.astype(np.float32), text.astype(np.float32), owner
+
+
+def in_double(audio, text):
+    "Cosines in double precision, rounded to single precision."
+    u = lambda x: x.astype(float) / np.linalg.norm(x.astype(float), axis=1, keepdims=True)
+    return (u(text) @ u(audio).T).astype(np.float32)
+
+
+@pytest.mark.parametrize('tile', [16, 1024])
+@pytest.mark.parametrize('seed', range(4))
+def test_near_ties_have_the_ranks_of_double_precision(seed, tile, monkeypatch):
+    monkeypatch.setattr(metrics, '_TILE', tile)
+    audio, text, owner = close_embeddings(seed)
+    fake = np.random.default_rng(seed).standard_normal((7 * len(audio), text.shape[1]))  # many others, far away
+    for a, o in ((audio, owner), (np.r_[audio, fake], np.r_[owner, len(audio) + np.arange(len(fake))])):
+        t = np.r_[text, fake][:len(o)]
+        exact, r = retrieval_from_similarity(in_double(a, t), o), retrieval(a, t, o)
+        assert all(np.array_equal(exact.ranks(d), r.ranks(d)) for d in ('t2a', 'a2t'))
+        assert all(np.array_equal(x, y) for d in ('t2a', 'a2t') for x, y in zip(exact.places[d], r.places[d]))
+
+
+def test_without_the_second_computation_near_ties_would_be_wrong(monkeypatch):
+    audio, text, owner = close_embeddings(0)
+    exact, product = retrieval_from_similarity(in_double(audio, text), owner), metrics._product
+    monkeypatch.setattr(metrics._Cosines, 'in_double', lambda self, rows, cols: product(self.text.unit(rows), self.audio.unit(cols))[0])
+    assert not np.array_equal(exact.t2a_ranks, retrieval(audio, text, owner).t2a_ranks)
+
+
+@pytest.mark.parametrize('lower', [torch.bfloat16, torch.float16])
+def test_a_product_in_lower_precision_is_noticed(lower, monkeypatch):
+    "Some devices multiply float32 in a lower precision (TF32, or bf16 on CPUs)."
+    random, product = np.random.default_rng(0), metrics._product
+    owner = np.arange(300) % 100
+    audio = random.standard_normal((100, 64)); text = audio[owner] + 3 * random.standard_normal((300, 64))
+    exact = retrieval_from_similarity(in_double(audio, text), owner)
+    monkeypatch.setattr(metrics, '_product', lambda a, b: (product(a.to(lower).float(), b.to(lower).float())[0], product(a, b)[1]))
+    assert np.array_equal(exact.a2t_ranks, retrieval(audio, text, owner).a2t_ranks)
+
+
+@pytest.mark.parametrize('kind', ['equal', 'random', 'one large', 'cancelling'])
+def test_error_of_a_product_is_below_its_bound(kind):
+    random = np.random.default_rng(0)
+    x = random.standard_normal((200, 3000)) * (0 if kind == 'equal' else 1) + (kind != 'random')
+    if kind == 'one large': x[:, 7] = 100
+    y = -x[:, ::-1] if kind == 'cancelling' else x
+    x, y = (metrics._embeddings(np.ascontiguousarray(v.astype(np.float32)), 'x') for v in (x, y))
+    S, margin = metrics._product(x.unit(slice(None)), y.unit(slice(None)))
+    t, c = (i.flatten() for i in torch.meshgrid(torch.arange(200), torch.arange(200), indexing='ij'))
+    assert (S.flatten() - metrics._cosines(x, y, t, c)).abs().max() < margin < 1e-5
+
+
+def test_autocast_changes_nothing():
+    random = np.random.default_rng(0)
+    x, y, owner = random.standard_normal((50, 64)), random.standard_normal((50, 64)), np.arange(50)
+    with torch.autocast('cpu', torch.bfloat16): r = retrieval(x, y, owner)
+    assert np.array_equal(r.t2a_ranks, retrieval(x, y, owner).t2a_ranks)
+
+
 def test_memory_does_not_grow_with_the_pool():
     "16,000 x 16,000 similarities would be 1 GB; what is held on the way is a small part of it."
     code = """
