@@ -71,21 +71,21 @@ hooks: .venv/dev
 	@touch $@
 
 .venv/dev: .venv/installed
-	$(PIP) -e '.[dev,data,words]'
+	$(PIP) -e '.[dev,data,words,cluster]'
 	@touch $@
 
 .venv/site: .venv/dev
-	$(PIP) -e '.[dev,data,words,site]'
+	$(PIP) -e '.[dev,data,words,cluster,site]'
 	@touch $@
 
 .venv/lab: .venv/dev
-	$(PIP) -e '.[dev,data,words,lab]'
+	$(PIP) -e '.[dev,data,words,cluster,lab]'
 	@touch $@
 
 # newer versions of everything: a fresh environment without constraints, frozen
 constraints: .venv/bin/python
 	rm -rf .venv-new && $(BIN)/python -m venv .venv-new
-	.venv-new/bin/python -m pip install -q -e '.[dev,data,words,lab,site]'
+	.venv-new/bin/python -m pip install -q -e '.[dev,data,words,cluster,lab,site]'
 	{ grep '^#' constraints.txt; .venv-new/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; grep ';' constraints.txt; } > constraints.new
 	mv constraints.new constraints.txt && rm -rf .venv-new
 

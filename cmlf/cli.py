@@ -52,8 +52,10 @@ def _reproduce_command(
     set_:list[str] = _SET,
     only:str = typer.Option('', help="train only runs with these names, for example "
                                      "'*scratch* ce*'; other rows show a dash"),
-    jobs:int = typer.Option(0, help='runs at a time (default: several on a CPU if the encoder is '
-                                    'narrow, else one)'),
+    jobs:int = typer.Option(0, help='runs at a time (default: one per GPU; on a CPU several, if '
+                                    'the encoder is narrow)'),
+    cluster:str = typer.Option('', help='train on a dask cluster: address of its scheduler, or '
+                                        'local:N for N processes on this machine'),
     plan:bool = typer.Option(False, '--plan', help='only print the runs and their cost'),
     check:bool = typer.Option(False, '--check', help='only compare the report on disk with the '
                                                      'stored runs')):
@@ -63,7 +65,8 @@ def _reproduce_command(
     if plan or check:
         return _inspect(profile, set_, runs, events, data, only, numbers, seeds, out, plan)
     from cmlf.report import against_committed, reproduce
-    index = reproduce(profile, numbers, seeds, events, runs, data, out, set_, only, jobs)
+    index = reproduce(profile, numbers, seeds, events, runs, data, out, set_, only, jobs,
+                      cluster)
     for n in numbers:
         for name in (f'table{n}.md', f'claims{n}.md'): print((index.parent/name).read_text())
     if comparison := against_committed(index.parent): print(comparison + '\n')

@@ -26,7 +26,7 @@ from .core import (CmlfError, atomic_path, commit, committed, has_kernel, log, m
 from .data import safe_name
 from .experiments import METRICS, MORE, Experiment
 from .features import SAMPLE_RATE, LogMel
-from .runs import ROOT, RUN_VERSION, Run, is_done, jobs_for, worker_pool
+from .runs import ROOT, RUN_VERSION, Run, call_all, is_done, jobs_for
 from .tables import (TITLES, check_needs, claims, pretty, pretty_claims, runs_needed, table,
                          write_table)
 
@@ -390,21 +390,21 @@ def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1,
               settings=(), # texts KEY=VALUE
               only:str='', # names of runs, with *, that may be trained; '': all
               jobs:int=0, # runs at a time; 0: what suits the device
+              cluster:str='', # address of a dask scheduler, or local:N; '': this machine
              ) -> Path: # of the page
     "Train what is missing, run the notebooks of `tables`, write the report."
     for n in tables: one_of(n, TITLES, 'table')
     exp = Experiment(get_profile(profile, settings), runs, events, data, only)
-    jobs = jobs_for(exp.profile, jobs)
+    jobs = jobs_for(exp.profile, jobs, cluster)
     check_needs(exp, tables, seeds)
     wanted = runs_needed(exp, tables, seeds)
     stored = sum(is_done(exp, s) for s in wanted)
     log(f'{profile}: {len(wanted)} runs are needed, {stored} are stored in {exp.runs}')
-    exp.train_all(wanted, jobs)
+    exp.train_all(wanted, jobs, cluster)
     out = report_folder(profile, out)
     asked = dict(profile=profile, settings='; '.join(absolute_settings(settings)), seeds=seeds,
                  events=exp.events, runs=str(exp.runs), data=exp.data, out=str(out), only=only)
-    with worker_pool(min(jobs, len(tables))) as pool:
-        for f in [pool.submit(_make_table, n, asked) for n in tables]: f.result()
+    call_all({f'table {n}': (_make_table, n, asked) for n in tables}, min(jobs, len(tables)))
     write_provenance(out)
     return write_index(out)
 

@@ -4,25 +4,26 @@
 
 # %% auto #0
 __all__ = ['READS', 'RUN_VERSION', 'ROOT', 'RunSpec', 'reads', 'run_profile', 'run_config', 'contents', 'modules', 'Run',
-           'runs_folder', 'RunStore', 'not_default', 'NotRun', 'is_done', 'jobs_for', 'worker_pool', 'ready']
+           'runs_folder', 'RunStore', 'not_default', 'NotRun', 'is_done', 'jobs_for', 'wait_for', 'call_all']
 
 # %% ../nbs/13_runs.ipynb #26ad780b
-import contextlib, itertools, multiprocessing, os, signal, time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+import os, shutil, time
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from functools import cached_property, lru_cache
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pandas as pd
-import torch
 from fastcore.basics import patch
 from filelock import FileLock
 
+from .appendix.executors import (LocalExecutor, Task, check_address, executor_for,
+                                     gpus)
 from .config import (GROUPS, PATH_SETTINGS, Profile, expert_files, pick, resolve_paths)
 from .core import (CmlfError, commit, content_hash, device, log, machine, one_of, path_hash,
-                       precision, prefers_bf16, read_json, versions, write_json)
+                       precision, read_json, versions, write_json)
 from .metrics import retrieval, retrieval_from_similarity
 
 # %% ../nbs/13_runs.ipynb #f4044426
@@ -243,13 +244,12 @@ def run(self:RunStore, spec:RunSpec) -> Run:
         for parent in self.parents(spec): self.run(parent)
         done.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(done.with_name(done.name + '.lock')):
-            if not is_done(self, spec): self._train(spec, done.with_name(done.name + '.partial'))
+            if not is_done(self, spec): self._train_once(spec, done)
     return Run(done)
 
 # %% ../nbs/13_runs.ipynb #ca844f9c
 @patch
 def _train(self:RunStore, spec, partial):
-    partial.mkdir(exist_ok=True)
     start = time.time()
     facts = self.train(spec, partial, lambda line: log(f'{self.profile.name} {spec.name}: {line}'))
     write_json(partial/'run.json', dict(
@@ -262,33 +262,38 @@ def _train(self:RunStore, spec, partial):
     (partial/'checkpoint.pt').unlink(missing_ok=True)
     os.replace(partial, self.run_folder(spec))
 
+# %% ../nbs/13_runs.ipynb #a0045fd2
+def _new_partial(done):
+    "A folder for one attempt at a run, with the newest checkpoint; older attempts are deleted."
+    partial = done.with_name(f'{done.name}.{uuid4().hex[:8]}.partial')
+    partial.mkdir()
+    found = sorted(done.parent.glob(f'{done.name}*.partial/checkpoint.pt'), key=os.path.getmtime)
+    if found: # a checkpoint is never changed in place, so a link is as good as a copy
+        try: os.link(found[-1], partial/'checkpoint.pt')
+        except OSError: shutil.copy2(found[-1], partial/'checkpoint.pt')
+    for old in found[:-1]: shutil.rmtree(old.parent, ignore_errors=True)
+    return partial
+
+@patch
+def _train_once(self:RunStore, spec, done):
+    try: self._train(spec, _new_partial(done))
+    except Exception: # if another process has just finished the run, its result counts
+        if not is_done(self, spec): raise
+    for partial in done.parent.glob(f'{done.name}*.partial'):
+        shutil.rmtree(partial, ignore_errors=True)
+
 # %% ../nbs/13_runs.ipynb #41656156
 def jobs_for(profile:Profile,
              jobs:int=0, # runs at a time; 0: chosen for the device
+             cluster:str='', # address of a dask scheduler, or local:N; '': this machine
             ) -> int:
-    "The number of runs to train at a time."
+    "The number of runs to train at a time on this machine; an error for impossible values."
+    if cluster: check_address(cluster)
+    if jobs and cluster:
+        raise CmlfError('give either jobs or cluster: a cluster trains one run on every worker')
     if jobs < 0: raise CmlfError(f'jobs={jobs} should be the number of runs at a time, or 0')
-    return jobs or (min(4, os.cpu_count())
-                    if device().type == 'cpu' and profile.audio.width <= 16 else 1)
-
-# %% ../nbs/13_runs.ipynb #d4d7978f
-def _start_worker(threads, bf16):
-    torch.set_num_threads(threads)
-    os.environ.setdefault('CMLF_BF16', bf16) # the same precision in all workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN) # the main process terminates its workers
-
-@contextlib.contextmanager
-def worker_pool(jobs:int # processes
-               ):
-    "A pool of new processes that share the cores; they are terminated if the block fails."
-    threads = max(1, os.cpu_count() // jobs)
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), _start_worker,
-                               (threads, str(prefers_bf16())))
-    try: yield pool
-    except BaseException:
-        for p in multiprocessing.active_children(): p.terminate()
-        raise
-    finally: pool.shutdown()
+    narrow = device().type == 'cpu' and profile.audio.width <= 16
+    return jobs or len(gpus()) or (min(4, os.cpu_count()) if narrow else 1)
 
 # %% ../nbs/13_runs.ipynb #c75cb0da
 @patch
@@ -297,35 +302,53 @@ def arguments(self:RunStore) -> tuple:
     return self.profile, str(self.runs), ' '.join(self.only)
 
 @lru_cache(1)
-def _open_store(cls, *arguments): return cls(*arguments) # cached: a worker loads its corpus once
+def _open_store(cls, *arguments): return cls(*arguments) # cached: a process loads its corpus once
 
-def _train_one(cls, arguments, spec): _open_store(cls, *arguments).run(spec)
+def _train_one(cls, arguments, spec, key, parents):
+    store = _open_store(cls, *arguments)
+    if store.key(spec) != key:
+        raise CmlfError('this process reads other data than the command that started it: the corpus'
+                        ' and all files named in settings should be the same, under the same paths')
+    for parent in parents: wait_for(store.run_folder(parent))
+    store.run(spec)
 
-# %% ../nbs/13_runs.ipynb #485f3f58
-def ready(store:RunStore, waiting:list, running:list) -> list:
-    "The waiting specs whose parents are all finished."
-    unfinished = [*waiting, *running]
-    return [s for s in waiting if not any(p in unfinished for p in store.parents(s))]
+# %% ../nbs/13_runs.ipynb #42651972
+def wait_for(folder:Path, # of a run that another machine has finished
+             seconds:float=60) -> bool: # whether it is there
+    "Wait until a finished run can be seen."
+    end = time.monotonic() + seconds
+    while not (there := (folder/'run.json').exists()) and time.monotonic() < end:
+        time.sleep(.2)
+        if folder.parent.exists(): os.listdir(folder.parent) # NFS forgets what it had remembered
+    return there
 
 # %% ../nbs/13_runs.ipynb #e1974e45
-@patch
-def train_all(self:RunStore, specs:list, # parents before children
-              jobs:int=1): # runs at a time
-    "Train the runs that are not stored yet, `jobs` at a time."
-    waiting = [s for s in specs if not is_done(self, s)]
-    count, total = itertools.count(1), len(waiting)
-    announce = lambda spec: log(f'{self.profile.name}: run {next(count)} of {total}, {spec.name}')
-    if waiting: self.prepare(waiting)
-    if jobs > 1 and total > 1: return _side_by_side(self, waiting, jobs, announce)
-    for spec in waiting: announce(spec); self.run(spec)
+def _task(store, spec, parents, here):
+    call = (store.run, (spec,)) if here else (
+        _train_one, (type(store), store.arguments(), spec, store.key(spec), parents))
+    name = lambda s: f'{store.profile.name} {s.name}'
+    place = content_hash(str(store.run_folder(spec))) # runs of the same place are the same run
+    return Task(name(spec), *call, tuple(map(name, parents)), f'{spec.name}-{place}')
 
-def _side_by_side(store, waiting, jobs, announce):
-    running = {}
-    with worker_pool(jobs) as pool:
-        while waiting or running:
-            for spec in ready(store, waiting, running.values())[:jobs - len(running)]:
-                announce(spec); waiting.remove(spec)
-                running[pool.submit(_train_one, type(store), store.arguments(), spec)] = spec
-            for f in wait(running, return_when=FIRST_COMPLETED).done:
-                del running[f]
-                f.result() # raises the error of a run that failed
+@patch
+def train_all(self:RunStore, specs:list,
+              jobs:int=1, # runs at a time
+              cluster:str=''): # address of a dask scheduler, or local:N; '': this machine
+    "Train the runs that are not stored yet, each after its parents."
+    missing = [s for s in specs if not is_done(self, s)]
+    if not missing: return
+    with executor_for(min(jobs, len(missing)), cluster, self.runs) as executor:
+        self.prepare(missing)
+        executor.run([_task(self, s, [p for p in self.parents(s) if p in missing], executor.here)
+                      for s in missing])
+    for spec in missing:
+        if not wait_for(self.run_folder(spec)):
+            raise CmlfError(f'{self.run_folder(spec)}: run {spec.name} was trained, but is not '
+                            'here; all machines should share the folder of runs')
+
+# %% ../nbs/13_runs.ipynb #b04afc71
+def call_all(calls:dict, # {name: (function, *arguments)}
+             jobs:int): # processes
+    "Call functions in new processes; an error names the call, and comes after all others."
+    with LocalExecutor(jobs) as executor:
+        executor.run([Task(name, f, args) for name, (f, *args) in calls.items()])
