@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'N_FFT', 'HOP', 'N_MELS', 'FMIN', 'FMAX', 'AMIN', 'FLOOR', 'STORE_VERSION', 'fit', 'load_audio',
-           'probe_audio', 'mel_filters', 'LogMel', 'FeatureStore', 'build_store']
+           'probe_audio', 'mel_filters', 'band_groups', 'LogMel', 'FeatureStore', 'build_store']
 
 # %% ../nbs/02_features.ipynb #7215bb8b
 import contextlib, math, os, re, shutil, time, warnings
@@ -16,6 +16,7 @@ import librosa
 import numpy as np
 import soundfile as sf
 import torch
+from fastcore.basics import patch
 from filelock import FileLock
 from torch import nn
 
@@ -200,17 +201,32 @@ def mel_filters(n_mels:int=N_MELS, # bands
         raise CmlfError(f'n_mels={n_mels} is too many for n_fft={n_fft}: some bands are empty')
     return torch.from_numpy(M.T.copy())
 
+# %% ../nbs/02_features.ipynb #3bd9bd7f
+def band_groups(mel, # (bins, bands) weights
+                size:int=4, # bands in a group
+               ) -> list:
+    "For every `size` bands: their slice, the slice of their bins' [real, imaginary], weights."
+    groups = []
+    for b in range(0, mel.shape[1], size):
+        part = mel[:, b:b + size]
+        used = part.any(1).nonzero()
+        first, last = int(used[0]), int(used[-1]) + 1
+        weights = part[first:last].T.repeat_interleave(2, 1).contiguous()
+        groups.append((slice(b, b + size), slice(2 * first, 2 * last), weights))
+    return groups
+
 # %% ../nbs/02_features.ipynb #dfe20239
 class LogMel(nn.Module):
     "Waveforms (B, samples) -> log-mel (B, samples // hop + 1, n_mels) in dB, PANNs' front end."
     def __init__(self,
                  hop:int=HOP, # samples between two frames
-                 n_fft:int=N_FFT, # samples in the Hann window
+                 n_fft:int=N_FFT, # samples in the Hann window, an even number
                  n_mels:int=N_MELS, # bands
                  fmin:float=FMIN, # Hz, lower edge of the lowest band
                  fmax:float=FMAX, # Hz, upper edge of the highest band
                  sample_rate:int=SAMPLE_RATE): # samples per second
         super().__init__()
+        if n_fft % 2: raise CmlfError(f'n_fft={n_fft} should be an even number of samples')
         if hop < 1 or hop > n_fft:
             raise CmlfError(f'hop={hop} should be between 1 and n_fft={n_fft} samples')
         self.settings = dict(hop=int(hop), n_fft=int(n_fft), n_mels=int(n_mels),
@@ -219,8 +235,9 @@ class LogMel(nn.Module):
         # constants, which are not saved with the weights
         w = torch.hann_window(n_fft, dtype=torch.float64)
         M = mel_filters(n_mels, n_fft, fmin, fmax, sample_rate)
-        self.register_buffer('window', w, persistent=False)
+        self.register_buffer('window', w.float(), persistent=False)
         self.register_buffer('mel', M.float(), persistent=False)
+        self.groups = band_groups(self.mel)
 
     def frames(self, samples:int) -> int:
         "Number of frames of a waveform with `samples` samples."
@@ -228,15 +245,49 @@ class LogMel(nn.Module):
 
     def forward(self, wave) -> torch.Tensor:
         "(B, samples) -> (B, frames, n_mels) dB, float32."
-        wave = torch.as_tensor(wave, device=self.window.device)
+        wave = torch.as_tensor(wave, device=self.window.device).float()
         if wave.ndim != 2 or wave.shape[1] <= self.n_fft // 2:
             raise CmlfError(f'waveforms of shape {tuple(wave.shape)}: should be (B, samples), '
                             f'samples > {self.n_fft // 2}')
+        needs_grad = wave.requires_grad and torch.is_grad_enabled()
+        gpu = wave.device.type != 'cpu'
         with torch.autocast(wave.device.type, enabled=False):
-            X = torch.stft(wave.double(), self.n_fft, self.hop, window=self.window, center=True,
-                           pad_mode='reflect', return_complex=True).transpose(1, 2)
-            P = (X.real.square() + X.imag.square()).float()
-            return 10 * (P @ self.mel).clamp_min(AMIN).log10()
+            return self._at_once(wave) if gpu or needs_grad else self._in_blocks(wave)
+
+# %% ../nbs/02_features.ipynb #43583ae9
+_FRAMES = 512  # frames in a block: two arrays of 2 MB, in the cache; smaller ones cost more calls
+_DB = 10 / math.log(10)  # decibels from a natural logarithm, which is faster than log10
+
+def _reflect(x, padded):
+    "Write `x` into the middle of `padded`, and its reflection on both sides."
+    h = (len(padded) - len(x)) // 2
+    padded[h:-h] = x
+    padded[:h], padded[-h:] = x[1:h + 1].flip(0), x[-h - 1:-1].flip(0)
+
+@patch
+def _at_once(self:LogMel, wave):
+    X = torch.stft(wave, self.n_fft, self.hop, window=self.window, center=True,
+                   pad_mode='reflect', return_complex=True).transpose(1, 2)
+    P = X.real.square() + X.imag.square()
+    return 10 * (P @ self.mel).clamp_min(AMIN).log10()
+
+@patch
+@torch.no_grad()
+def _in_blocks(self:LogMel, wave):
+    (B, samples), N, F = wave.shape, self.n_fft, self.frames(wave.shape[1])
+    n = math.ceil(F / math.ceil(F / _FRAMES))
+    out, padded, x = (wave.new_empty(s) for s in ((B, F, self.n_mels), samples + N, (n, N)))
+    frames, mel = padded.as_strided((F, N), (self.hop, 1)), wave.new_empty(self.n_mels, n)
+    groups = [(weights, parts, mel[bands]) for bands, parts, weights in self.groups]
+    blocks = [slice(min(i, F - n), min(i, F - n) + n) for i in range(0, F, n)]
+    for one, decibels in zip(wave, out):
+        _reflect(one, padded)
+        for block in blocks:
+            torch.mul(frames[block], self.window, out=x)
+            X2 = torch.view_as_real(torch.fft.rfft(x)).flatten(1).square_().T
+            for weights, parts, bands in groups: torch.mm(weights, X2[parts], out=bands)
+            torch.mul(mel.clamp_min_(AMIN).log_().T, _DB, out=decibels[block])
+    return out
 
 # %% ../nbs/02_features.ipynb #46d6d519
 class FeatureStore:
@@ -309,16 +360,14 @@ def _row(wave, key, log_mel, seconds):
 
 # %% ../nbs/02_features.ipynb #f013eb7d
 def _write_rows(part, shape, keys, read, log_mel, seconds, workers):
-    "Write the missing rows: audio is read in `workers` threads, log-mels in one thread per core."
+    "Write the missing rows, in order; each of `workers` threads computes one clip at a time."
     rows, done = _open_part(part, shape)
     threads, recorded = torch.get_num_threads(), time.monotonic()
-    waves = _in_threads(read, range(done, len(keys)), workers)
-    new = _in_threads(lambda clip: _row(*clip, log_mel, seconds), zip(waves, keys[done:]),
-                      threads if log_mel.window.device.type == 'cpu' else 1)
+    def compute(i): return _row(read(i), keys[i], log_mel, seconds)
     try:
         with Progress(len(keys), part.stem.rpartition('-')[0]) as bar:
             bar.step(done)
-            for row in new:
+            for row in _in_threads(compute, range(done, len(keys)), workers):
                 rows[done] = row; done += 1; bar.step()
                 if time.monotonic() - recorded > 1:
                     _note_done(part, rows, done); recorded = time.monotonic()
@@ -327,15 +376,15 @@ def _write_rows(part, shape, keys, read, log_mel, seconds, workers):
         _note_done(part, rows, done)
 
 # %% ../nbs/02_features.ipynb #8aebe20a
-STORE_VERSION = 1  # increase it when the same settings give different numbers
+STORE_VERSION = 2  # increase it when the same settings give different numbers
 
 def build_store(folder, # folder of all stores
                 keys, # N strings; each identifies the content of a clip's audio
-                read, # function i -> waveform (samples,)
+                read, # function i -> waveform (samples,), called in several threads
                 log_mel:LogMel, # the front end; computes on its own device
                 seconds:float, # clips are padded or cut at the end to this length
                 what:str='log-mel', # first part of the file's name
-                workers:int=0, # threads that read ahead
+                workers:int|None=None, # threads; None: one per core, 0: no other than this one
                ) -> FeatureStore:
     "Open the store of these clips' log-mels; build it first, or finish building it, if needed."
     keys, seconds = list(keys), float(seconds)
@@ -347,7 +396,8 @@ def build_store(folder, # folder of all stores
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(Path(folder)/f'{name}.lock'):
             if not path.exists():
-                _write_rows(part, shape, keys, read, log_mel, seconds, workers)
+                _write_rows(part, shape, keys, read, log_mel, seconds,
+                            torch.get_num_threads() if workers is None else workers)
                 os.replace(part, path)
                 part.with_suffix('.done').unlink(missing_ok=True)
     return FeatureStore(path)
