@@ -8,15 +8,15 @@ __all__ = ['ATTEMPTS', 'CONNECT_SECONDS', 'CODE', 'Task', 'in_order', 'Executor'
            'executor_for']
 
 # %% ../../nbs/appendix/executors.ipynb #6181e4e7
-import contextlib, hashlib, itertools, logging, multiprocessing, os, re, signal, socket
-import threading, time
+import contextlib, hashlib, logging, multiprocessing, os, re, signal, socket, threading
+import time
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
-from queue import SimpleQueue
+from queue import LifoQueue
 from uuid import uuid4
 
 import torch
@@ -34,6 +34,7 @@ class Task:
     after:tuple = ()    # names of the tasks that must be finished before
     key:str = ''        # commands on one cluster share tasks with the same key; '': the name
 
+# %% ../../nbs/appendix/executors.ipynb #94058837
 def in_order(tasks:list) -> TopologicalSorter:
     "The names of the tasks, sorted: each after those that it needs."
     names = {t.name for t in tasks}
@@ -66,11 +67,8 @@ class Executor:
         return future.exception()
 
 # %% ../../nbs/appendix/executors.ipynb #2aa7eb9e
-def _raise_first(failed, tasks):
+def _raise_first(failed, left):
     name, error = next(iter(failed.items()))
-    left, known = [], set(failed)
-    for t in tasks: # each after those that it needs, or the order of `in_order` would do
-        if known & set(t.after): left.append(t.name); known.add(t.name)
     more = f'; not started, because they need it: {", ".join(left)}' if left else ''
     if others := list(failed)[1:]: more += f'; also failed: {", ".join(others)}'
     if isinstance(error, CmlfError): raise CmlfError(f'{name}: {error}{more}') from error
@@ -80,14 +78,15 @@ def _raise_first(failed, tasks):
 # %% ../../nbs/appendix/executors.ipynb #b7a4ac69
 @patch
 def run(self:Executor, tasks:list):
-    "Run all tasks. An error stops only the tasks that need the failed one; it is raised at the end."
-    order, named = in_order(tasks), {t.name: t for t in tasks}
-    waiting, running, failed, count = [], {}, {}, itertools.count(1)
+    "Run all tasks. An error stops only the tasks that need the failed one, and is raised last."
+    order, left, failed = in_order(tasks), {t.name: t for t in tasks}, {}
+    waiting, running = [], {}
     while order.is_active():
-        waiting = sorted([*waiting, *map(named.get, order.get_ready())], key=tasks.index)
+        waiting = sorted([*waiting, *map(left.get, order.get_ready())], key=tasks.index)
         free = self.places() - len(running) if waiting else 0
         for task in waiting[:max(0, free)]:
-            log(f'{task.name} ({next(count)} of {len(tasks)})')
+            del left[task.name]
+            log(f'{task.name} ({len(tasks) - len(left)} of {len(tasks)})')
             running[self.start(task)] = task
         waiting = waiting[max(0, free):]
         if not running and not waiting: break # the rest needs a task that failed
@@ -95,16 +94,15 @@ def run(self:Executor, tasks:list):
             task, error = running.pop(future), self.error(future)
             if error is None: order.done(task.name)
             else: failed[task.name] = error; log(f'{task.name} failed: {error}')
-    if failed: _raise_first(failed, tasks)
+    if failed: _raise_first(failed, left)
 
 # %% ../../nbs/appendix/executors.ipynb #21b2eb58
-ATTEMPTS = 3 # of a task whose process ends
-
 def _start_process(threads, environment):
     torch.set_num_threads(threads)
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN) # the main process terminates its processes
 
+# %% ../../nbs/appendix/executors.ipynb #da1e6191
 class LocalExecutor(Executor):
     "Runs tasks in processes of this machine."
     here = False
@@ -114,13 +112,6 @@ class LocalExecutor(Executor):
 
     def places(self) -> int: return self.jobs
 
-    def pool(self, place:int) -> ProcessPoolExecutor:
-        "A pool with one process, which is spawned with the first task."
-        threads = max(1, os.cpu_count() // self.jobs)
-        environment = {'CMLF_BF16': str(prefers_bf16())} | gpu_environment(place)
-        return ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), _start_process,
-                                   (threads, environment))
-
 # %% ../../nbs/appendix/executors.ipynb #691d03f6
 def gpus() -> list:
     "The ids of the GPUs that processes can share out; [] on a CPU, or if one device was named."
@@ -129,19 +120,30 @@ def gpus() -> list:
     return (shown.split(',') if shown else [*map(str, range(torch.cuda.device_count()))]
             )[:torch.cuda.device_count()]
 
+# %% ../../nbs/appendix/executors.ipynb #5a2a59db
 def gpu_environment(place:int) -> dict:
     "The environment that gives a process its GPU, if there are several."
     ids = gpus()
     return {'CUDA_VISIBLE_DEVICES': ids[place % len(ids)]} if len(ids) > 1 else {}
 
+# %% ../../nbs/appendix/executors.ipynb #fb6f487f
+@patch
+def pool(self:LocalExecutor, place:int) -> ProcessPoolExecutor:
+    "A pool with one process, which is spawned with the first task."
+    threads = max(1, os.cpu_count() // self.jobs)
+    environment = {'CMLF_BF16': str(prefers_bf16())} | gpu_environment(place)
+    return ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), _start_process,
+                               (threads, environment))
+
 # %% ../../nbs/appendix/executors.ipynb #024fb91d
 @patch
 def __enter__(self:LocalExecutor):
-    self.pools, self.free = [self.pool(i) for i in range(self.jobs)], SimpleQueue()
+    self.pools, self.free = [self.pool(i) for i in range(self.jobs)], LifoQueue()
     for i in range(self.jobs): self.free.put(i)
     self.threads = ThreadPoolExecutor(self.jobs)
     return self
 
+# %% ../../nbs/appendix/executors.ipynb #2e5fa702
 @patch
 def __exit__(self:LocalExecutor, kind, *error):
     self.stopping = kind is not None
@@ -163,6 +165,9 @@ def _call(self:LocalExecutor, task):
     try: return self._attempts(task, place)
     finally: self.free.put(place)
 
+# %% ../../nbs/appendix/executors.ipynb #e27515e5
+ATTEMPTS = 3 # of a task whose process ends
+
 @patch
 def _attempts(self:LocalExecutor, task, place):
     for n in range(ATTEMPTS):
@@ -175,7 +180,7 @@ def _attempts(self:LocalExecutor, task, place):
                     'use fewer jobs, or a smaller batch_size')
 
 # %% ../../nbs/appendix/executors.ipynb #03631e86
-CONNECT_SECONDS = 10 # until we give up to wait for a scheduler
+CONNECT_SECONDS = 10 # until the command gives up
 
 def check_address(cluster:str) -> str:
     "The address; an error if it cannot be one, or if dask is not installed."
@@ -185,6 +190,7 @@ def check_address(cluster:str) -> str:
     if not find_spec('distributed'): raise CmlfError("--cluster needs: pip install 'cmlf[cluster]'")
     return cluster
 
+# %% ../../nbs/appendix/executors.ipynb #dea74f38
 def _connect(address):
     from distributed import Client
     try: return Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
@@ -211,6 +217,7 @@ def resource_of(workers:dict # {address: what the scheduler knows}
     names = {name for w in workers.values() for name in w['resources']}
     return 'GPU' if 'GPU' in names else min(names, default='')
 
+# %% ../../nbs/appendix/executors.ipynb #51da3ae7
 def tasks_at_a_time(worker:dict, # what the scheduler knows of it
                     resource:str) -> int:
     "How many tasks the scheduler would run on a worker at a time."
@@ -225,6 +232,7 @@ def _hash_of_code():
 
 CODE = _hash_of_code()
 
+# %% ../../nbs/appendix/executors.ipynb #deb01272
 @contextlib.contextmanager
 def probe_file(folder):
     "A new file in a folder, so that other machines can tell whether they see the same folder."
@@ -257,22 +265,24 @@ class DaskExecutor(Executor):
                  folder): # all workers must share it
         self.address, self.folder = check_address(cluster), Path(folder)
 
-    def __enter__(self):
-        with contextlib.ExitStack() as stack:
-            if self.address.startswith('local:'):
-                self.address = stack.enter_context(local_cluster(int(self.address[6:])))
-            self.client = stack.enter_context(_connect(self.address))
-            stack.enter_context(self.client.as_current())
-            self.probe = stack.enter_context(probe_file(self.folder))
-            self._check()
-            self.stack = stack.pop_all()
-        return self
-
     def __exit__(self, *error): self.stack.close()
 
     def workers(self) -> dict:
         "{address: what the scheduler knows of the worker}."
         return self.client.scheduler_info(n_workers=-1)['workers']
+
+# %% ../../nbs/appendix/executors.ipynb #3a64d4ca
+@patch
+def __enter__(self:DaskExecutor):
+    with contextlib.ExitStack() as stack:
+        if self.address.startswith('local:'):
+            self.address = stack.enter_context(local_cluster(int(self.address[6:])))
+        self.client = stack.enter_context(_connect(self.address))
+        stack.enter_context(self.client.as_current())
+        self.probe = stack.enter_context(probe_file(self.folder))
+        self._check()
+        self.stack = stack.pop_all()
+    return self
 
 # %% ../../nbs/appendix/executors.ipynb #7f10d9f5
 @patch
@@ -286,6 +296,11 @@ def _check(self:DaskExecutor):
         if (n := tasks_at_a_time(worker, self.resource)) > 1:
             raise CmlfError(f'worker {address} would train {n} runs in one process: start it with '
                             '--nthreads 1, or with --resources GPU=1')
+    self._check_folder_and_code()
+
+# %% ../../nbs/appendix/executors.ipynb #47cc383c
+@patch
+def _check_folder_and_code(self:DaskExecutor):
     found = self.client.run(fault, self.probe, CODE, on_error='return')
     for address, text in found.items():
         if text: raise CmlfError(f'worker {address} {_of_worker(text)}')
@@ -305,6 +320,7 @@ def _on_worker(task, probe, code):
         task.function(*task.args)
     return worker.address
 
+# %% ../../nbs/appendix/executors.ipynb #8782b70d
 @patch
 def start(self:DaskExecutor, task:Task):
     return self.client.submit(_on_worker, task, self.probe, CODE, key=task.key or task.name,
@@ -325,6 +341,7 @@ def reachable(self:DaskExecutor):
         raise CmlfError(f'the dask scheduler at {self.client.scheduler.address} is lost; finished '
                         'runs are stored, and the same command resumes') from e
 
+# %% ../../nbs/appendix/executors.ipynb #c168f4cd
 @patch
 def ended(self:DaskExecutor, running) -> list:
     if not running: time.sleep(1); return [] # no worker is connected
