@@ -100,14 +100,17 @@ def _cancel(power, # (channels,) sum of squares of each channel
     "Whether the channels of a recording cancel each other."
     return len(power) > 1 and mixed < .01 * power.sum() / len(power)**2
 
-def _power(wave): return np.square(wave, dtype=np.float64).sum(0)
+def _channels(wave): return np.ascontiguousarray(wave.T)  # sums over rows of two are slow
+
+def _power(channels): return np.square(channels, dtype=np.float64).sum(-1)
 
 def _mix(wave) -> np.ndarray:
     "The average of the channels (frames, channels), or the loudest channel if they cancel."
-    mix = wave.mean(1)
-    power = _power(wave) if wave.shape[1] > 1 else np.zeros(1)
+    if wave.shape[1] == 1: return wave[:, 0]
+    channels = _channels(wave)
+    mix, power = channels.mean(0), _power(channels)
     if not _cancel(power, _power(mix)): return mix
-    return wave[:, (power > .99 * power.max()).argmax()]
+    return channels[(power > .99 * power.max()).argmax()]
 
 # %% ../nbs/02_features.ipynb #2f334299
 def _load(path, seconds):
@@ -145,7 +148,8 @@ def _sums(blocks) -> dict:
     "Over all blocks: power of each channel and of their average, peak, share of clipped samples."
     power, mixed, peak, flat, n = 0, 0, 0, 0, 0
     for b in blocks:
-        power, mixed = power + _power(b), mixed + _power(b.mean(1))
+        channels = _channels(b)
+        power, mixed = power + _power(channels), mixed + _power(channels.mean(0))
         flat, n = flat + _flat(b), n + b.size
         peak = np.maximum(peak, np.abs(b).max())  # a NaN stays
     return dict(power=power, mixed=mixed, peak=float(peak), clipped=flat / max(n, 1))
