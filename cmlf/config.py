@@ -109,6 +109,12 @@ class TextConfig(Settings):
     text_model:str = 'bert-base-uncased' # hub name, folder, 'minilm' (packaged), 'tiny' (random)
     text_pool:str = setting('cls', choices=('cls', 'mean')) # 'cls' as in the paper
     train_word_table:bool = True # whether the word embeddings are trained too
+    text_layers:int = 0 # keep only the first layers of the text model; 0: all
+
+    def check(self):
+        if self.text_layers < 0:
+            raise CmlfError(f'setting text_layers={self.text_layers} should be a number of layers, '
+                            'or 0 for all')
 
 @dataclass(frozen=True)
 class JointConfig(Settings):

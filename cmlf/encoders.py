@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as nnf
 
-from .appendix.bert import (
-    ill_matched, load_bert, longest, packaged_minilm, probe, quiet, read_tokenizer, tiny_bert)
+from cmlf.appendix.bert import (
+    ill_matched, keep_layers, load_bert, longest, packaged_minilm, probe, quiet, read_tokenizer,
+    tiny_bert)
 from .appendix.checkpoints import (
     check_files, check_settings, mismatch, panns_weights, read_settings)
 from .appendix.dropout import dropout, swap_dropout
+from .appendix.packing import last_states
 from .config import Profile
 from .core import CmlfError, atomic_path, file_hash, one_of, write_json
 from .features import N_MELS
@@ -153,12 +155,14 @@ class TextEncoder(nn.Module):
     def __init__(self, model:str='minilm', # 'minilm' (packaged), 'tiny' (random), hub name, folder
                  pool:str='cls', # 'cls' or 'mean'
                  dropout:float|None=None, # of hidden states and attention; None: as trained
-                 train_word_table:bool=True): # whether word embeddings are trained
+                 train_word_table:bool=True, # whether word embeddings are trained
+                 layers:int=0): # keep only the first ones; 0: all
         super().__init__()
         one_of(pool, _POOLS, 'text_pool')
         if not 0 <= (dropout or 0) < 1: raise CmlfError(f'dropout={dropout} should be in [0, 1)')
         if model == 'tiny': parts = tiny_bert(dropout)
         else: parts = load_bert(packaged_minilm() if model == 'minilm' else model, dropout)
+        if layers: keep_layers(parts[1], layers)
         self._assemble(f'text model {model}', *parts, pool, dropout, train_word_table)
 
     def _assemble(self, name, tokenizer, model, pool, dropout, train_word_table):
@@ -172,10 +176,8 @@ class TextEncoder(nn.Module):
         model.get_input_embeddings().weight.requires_grad_(train_word_table)
 
     def forward(self, tokens:dict) -> torch.Tensor:
-        h = self.model(**tokens).last_hidden_state.float()
-        if self.pool == 'cls': return h[:, 0]
-        m = tokens['attention_mask'][:, :, None].float()
-        return (h * m).sum(1) / m.sum(1)
+        h = last_states(self.model, tokens)  # zeros for padding
+        return h[:, 0] if self.pool == 'cls' else h.sum(1) / tokens['attention_mask'].sum(1)[:, None]
 
 # %% ../nbs/08_encoders.ipynb #20136156
 def _caption_names(captions, names):
@@ -252,16 +254,21 @@ class DualEncoder(nn.Module):
         "The model of a profile, without PANNs weights."
         a, t = p.audio, p.text
         audio = ResNet38(a.width, a.dropout, a.block_dropout, a.spec_augment)
-        text = TextEncoder(t.text_model, t.text_pool, a.dropout, t.train_word_table)
+        text = TextEncoder(t.text_model, t.text_pool, a.dropout, t.train_word_table, t.text_layers)
         return cls(audio, text, p.joint.joint_dim, p.joint.head_hidden)
 
     def embed_audio(self, x:torch.Tensor) -> torch.Tensor:
-        "Log-mels (B, frames, 64) dB -> (B, joint_dim), float32, not normalised."
-        return self.audio_head(self.audio(x)).float()
+        "Log-mels (B, frames, 64) dB, or outputs of the encoder -> (B, joint_dim), not normalised."
+        return self.audio_head(x if x.ndim == 2 else self.audio(x)).float()
 
-    def embed_text(self, tokens:dict) -> torch.Tensor:
-        "Tokens from `text.tokenize` -> (B, joint_dim), float32, not normalised."
-        return self.text_head(self.text(tokens)).float()
+    def embed_text(self, tokens) -> torch.Tensor:
+        "Tokens from `text.tokenize`, or outputs of the encoder -> (B, joint_dim), not normalised."
+        return self.text_head(tokens if torch.is_tensor(tokens) else self.text(tokens)).float()
+
+    def forward(self, batch:tuple) -> tuple: # (audio, text) -> embeddings (B, d) of both
+        "Both sides of a batch: what one step of training computes."
+        audio, text = batch
+        return self.embed_audio(audio), self.embed_text(text)
 
 # %% ../nbs/08_encoders.ipynb #929c0761
 @patch
