@@ -18,8 +18,8 @@ from cmlf import mining
 from cmlf.appendix import batch_search, bounds as dual, neighbours
 from cmlf.batches import (Task, easy_bound, mean_similarity, mine_random, random_swaps,
                           unit_vectors, weight_function)
-from cmlf.core import (CmlfError, Progress, atomic_path, commit, content_hash, device, machine,
-                       one_of, read_json, rng, log, write_json, write_text)
+from cmlf.core import (CmlfError, Progress, atomic_path, commit, content_hash, device, has_bf16, log,
+                       machine, one_of, prefers_bf16, read_json, rng, write_json, write_text)
 
 ROOT, B = Path(__file__).resolve().parent.parent, 32
 OURS, SIZES = 'cmlf', (10_000, 100_000, 1_000_000)
@@ -187,15 +187,24 @@ def growth(n, kind, effort):
                 seconds=found.seconds, peak_gb=peak, bound=bound, bound_is=found.bound_is,
                 bound_seconds=time.perf_counter() - began, bound_peak_gb=peak_gb())
 
-JOBS = {f.__name__: f for f in (compare, bounds, epochs, negatives, growth)}
+def precision(vectors, kind, effort):
+    "Search and bound, with or without bf16 (CMLF_BF16 of this process)."
+    x = load(vectors)
+    found = mining.mine(x, B, kind, sweeps=effort)
+    began = time.perf_counter()
+    bound = found.bound
+    return dict(bf16=prefers_bf16(), sweeps=effort, cosine=found.mean_similarity, seconds=found.seconds, bound=bound,
+                bound_is=found.bound_is, bound_seconds=time.perf_counter() - began, peak_gb=peak_gb())
 
-def job(name, **settings):
-    "`JOBS[name](**settings)` in a new process."
+JOBS = {f.__name__: f for f in (compare, bounds, epochs, negatives, growth, precision)}
+
+def job(name, env=None, **settings):
+    "`JOBS[name](**settings)` in a new process, with environment variables `env`."
     given = [str(v) for k, v in settings.items() if k not in ('vectors', 'labels')]
     log(' '.join([name, *given, '...']))
     began, what = time.perf_counter(), json.dumps([name, settings])
     command = [sys.executable, __file__, '--job', what]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | (env or {}))
     if done.returncode: raise CmlfError(f'job {name} {settings} failed; its message is above')
     result = json.loads(done.stdout.splitlines()[-1])
     if isinstance(result, dict) and 'cosine' in result:
@@ -266,7 +275,12 @@ def all_growth(vectors, labels, sizes):
     wanted = [('hard', 20, n) for n in sizes] + [('easy', 1, n) for n in sizes if n <= 100_000]
     return [job('growth', n=n, kind=k, effort=s) for k, s, n in wanted]
 
-PARTS = dict(compare=compare_all, epochs=all_epochs, negatives=all_negatives, growth=all_growth)
+def all_precision(vectors, labels, sizes):
+    "Without bf16, as on an older processor, and with it where the processor has it."
+    return [job('precision', env=dict(CMLF_BF16=on), vectors=vectors, kind='hard', effort=20)
+            for on in ('false', 'true')[:1 + has_bf16()]]
+
+PARTS = dict(compare=compare_all, precision=all_precision, epochs=all_epochs, negatives=all_negatives, growth=all_growth)
 
 # ---- report
 
@@ -334,6 +348,19 @@ without triangle inequalities, is {b['sampled']:.4f}. Peak memory {b['peak_gb']:
 {table(b['stages'])}
 """
 
+def precision_section(rows):
+    slow = first(rows, bf16=False)
+    return f"""## With and without bf16
+
+- hard, at least 0.72 within 12 s without bf16: {line_text(slow)}
+- the bound within 100 s without bf16: {slow['bound']:.4f} ({slow['bound_is']}) in {slow['bound_seconds']:.1f} s
+
+{table(rows)}
+
+The search is in float32 everywhere. The bound lists near pairs in bf16 where that is faster; it is a proof in either case.
+Without bf16 is measured by `CMLF_BF16=false`.
+"""
+
 def epochs_section(rows):
     return f"""## From epoch to epoch
 
@@ -359,7 +386,7 @@ Synthetic clustered vectors, 384-d. `peak_gb` is measured before the bound is co
 {table(rows)}
 """
 
-SECTIONS = dict(compare=compare_section, epochs=epochs_section, negatives=negatives_section,
+SECTIONS = dict(compare=compare_section, precision=precision_section, epochs=epochs_section, negatives=negatives_section,
                 growth=growth_section)
 
 def report(found):
@@ -369,7 +396,7 @@ def report(found):
 
 `python benchmarks/mining.py --captions CSV_FOLDER`: {found['vectors']:,} captions of AudioCaps,
 {found['repeats']:,} of them repeat an earlier one; MiniLM, 384-d; batches of {B}.
-Measured on {on['device']}, {on['cores']} cores, {on['threads']} threads,
+Measured on {on['device']}, {on['name']}, {on['cores']} cores ({on['cpu']}), {on['threads']} threads,
 {'with' if on['bf16'] else 'without'} bf16; commit {found['commit']}.
 """
     return '\n'.join([head, *(SECTIONS[p](found[p]) for p in PARTS if p in found)])

@@ -563,3 +563,37 @@ def test_bad_threshold(threshold):
 
 @pytest.mark.parametrize('threshold', [1, np.float32(.5), np.float64(.5)])
 def test_thresholds_of_any_type(threshold): assert len(near_duplicates(clusters(20), threshold)) == 20
+
+
+# ---- the active set is complete
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, slacks=st.lists(st.sampled_from([.02, .05, .1, .3]), min_size=2, max_size=5),
+       fall=st.sampled_from([.005, .03, .2]), share=st.sampled_from([0., .04, 1.]), few=st.booleans(), grouped=st.booleans())
+def test_lists_of_pairs_are_complete(seed, slacks, fall, share, few, grouped):
+    "However u moves between two lists, and whether or not a long list fits into memory."
+    r, n = rng(seed, 'lists'), 90
+    x = clusters(n)
+    groups = torch.from_numpy(r.integers(0, n // 3, n)) if grouped else None
+    p = bounds.first_dual(x, n // 6, 6, groups)
+    allowed = torch.ones(n, n).triu(1) > 0
+    if grouped: allowed &= groups[:, None] != groups
+    with pytest.MonkeyPatch.context() as m:
+        if few: m.setattr(bounds, 'MAX_PAIRS', 0)
+        for slack in slacks:
+            i, j = torch.where(allowed & (x @ x.T - p.u - p.u[:, None] > -slack))
+            assert torch.isin(i * n + j, bounds.list_pairs(p, slack)).all()
+            p.u = p.u - torch.from_numpy(fall * r.uniform(-1, 1, n) * (r.random(n) < share)).float()
+
+
+def test_one_pass_over_all_pairs_is_enough_for_small_changes(monkeypatch):
+    passes, close_pairs = [], bounds.close_pairs
+    monkeypatch.setattr(bounds, 'close_pairs', lambda *given: passes.append(1) or close_pairs(*given))
+    p = bounds.first_dual(clusters(600), 50, 12)
+    for _ in range(3):
+        bounds.renew_active(p, .02)
+        p.u = p.u - .01
+    assert len(passes) == 1
+    p.u = p.u - .1
+    bounds.renew_active(p, .02)
+    assert len(passes) == 2
