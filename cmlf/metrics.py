@@ -6,14 +6,13 @@
 __all__ = ['KS', 'DIRECTIONS', 'Retrieval', 'retrieval_from_similarity', 'retrieval', 'interval', 'Paired', 'paired_test', 'holm']
 
 # %% ../nbs/10_metrics.ipynb #5b2d3fc2
-import functools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from fastcore.basics import patch
-from torch.nn import functional as nnf
 
+from .appendix.cosines import Cosines, Embeddings, layers_of, lines_of, nth, rows_of, tiles
 from .core import CmlfError, one_of, rng
 
 # %% ../nbs/10_metrics.ipynb #af8c02ea
@@ -24,50 +23,23 @@ def _above(S, value):
     return (d.sign_().sum(1).double() + S.shape[1]) / 2
 
 # %% ../nbs/10_metrics.ipynb #55374a1c
-def _nth(query):
-    "The number of earlier entries of the same query, for each entry; `query` is sorted."
-    return np.arange(len(query)) - np.searchsorted(query, query)
-
 def _places(query, value, ahead):
     "(queries, places) of the right items, sorted by query, best first."
     order = np.lexsort((-value, query))
     query, value, ahead = query[order], value[order], ahead[order]
     tied = (query[1:] == query[:-1]) & (value[1:] == value[:-1])
     run = np.r_[0, (~tied).cumsum()] # right items of one query that tie
-    first = _nth(query)[np.searchsorted(run, run)]
-    return query, _nth(query) + ahead - first - np.bincount(run)[run] / 2
+    first = nth(query)[np.searchsorted(run, run)]
+    return query, nth(query) + ahead - first - np.bincount(run)[run] / 2
 
-# %% ../nbs/10_metrics.ipynb #90217842
-_TILE = 1024 # captions and clips of a tile
-
-def _tiles(n_captions, n_clips):
-    "(captions, clips) of every tile, as slices."
-    cut = lambda n: [slice(i, min(i + _TILE, n)) for i in range(0, n, _TILE)]
-    return [(rows, cols) for rows in cut(n_captions) for cols in cut(n_clips)]
-
-def _layers(query, device):
-    "The first right pair of every query, the second, ..: [(pairs, their queries)], by query."
-    order = np.argsort(query, kind='stable')
-    nth = _nth(query[order])
-    layers = [order[nth == j] for j in range(nth.max() + 1)]
-    return [(torch.as_tensor(pairs, device=device), query[pairs]) for pairs in layers]
-
-def _lines(S, start, layers):
-    "For each layer: its pairs whose query is a row of `S`, the numbers of these rows, the rows."
-    for pairs, query in layers:
-        a, b = np.searchsorted(query, [start, start + len(S)])
-        at = torch.as_tensor(query[a:b] - start, device=S.device)
-        if b > a: yield pairs[a:b], at, S if len(at) == len(S) else S[at]
-
-# %% ../nbs/10_metrics.ipynb #c85c5447
 def _both_directions(tile, t, c, value, n_captions, n_clips):
     "`_places` of the right pairs (t, c), by caption and by clip; `tile(rows, cols)` is a tensor."
-    layers = [_layers(query, value.device) for query in (t, c)]
+    layers = [layers_of(query, value.device) for query in (t, c)]
     ahead = value.new_zeros(2, len(value), dtype=torch.float64)
-    for rows, cols in _tiles(n_captions, n_clips):
+    for rows, cols in tiles(n_captions, n_clips):
         S = tile(rows, cols)
         for found, part, start, some in zip(ahead, (S, S.T), (rows.start, cols.start), layers):
-            for pairs, _, lines in _lines(part, start, some):
+            for pairs, _, lines in lines_of(part, start, some):
                 found[pairs] += _above(lines, value[pairs])
     value, ahead = value.double().cpu().numpy(), ahead.cpu().numpy()
     return _places(t, value, ahead[0]), _places(c, value, ahead[1])
@@ -137,7 +109,7 @@ def average_precision(self:Retrieval, k:int, # depth
     elif direction == 't2a': query, place = np.arange(len(self.t2a_ranks)), self.t2a_ranks
     else: raise CmlfError('mAP of a2t needs the places of all captions of a clip: '
                           'make this Retrieval with `retrieval` or `retrieval_from_similarity`')
-    precision = (_nth(query) + 1) / (place + 1) * (place < _check_depth(k))
+    precision = (nth(query) + 1) / (place + 1) * (place < _check_depth(k))
     return np.bincount(query, precision) / np.minimum(k, np.bincount(query))
 
 @patch
@@ -238,10 +210,6 @@ def _retrieval(tile, t, c, value, owner):
     ranks = [place[np.diff(query, prepend=-1) > 0] for query, place in places]
     return Retrieval(*ranks, owner, dict(zip(DIRECTIONS, places)))
 
-def _rows(x, at):
-    "`x[at]`, without a copy if `at` are consecutive."
-    return x[at[0]:at[-1] + 1] if at[-1] - at[0] == len(at) - 1 else x[at]
-
 def retrieval_from_similarity(sim, # (T captions, C clips), array or tensor
                               owner, # (T,) clip of each caption
                               first:int|None=None, # use only this many clips, the first ones
@@ -251,7 +219,7 @@ def retrieval_from_similarity(sim, # (T captions, C clips), array or tensor
     sim = _matrix(sim, 'similarities', '(captions, clips)')
     kept, owner, t, c = _pool(owner, relevant, first, *sim.shape)
     def tile(rows, cols):
-        S = _floats(_rows(sim, kept[rows])[:, cols], 'similarities')
+        S = _floats(rows_of(sim, kept[rows])[:, cols], 'similarities')
         if S.sum().isnan() and S.isnan().any():
             bad = kept[rows][int(S.isnan().any(1).nonzero()[0])]
             raise CmlfError(f'caption {bad}: its similarities hold NaN')
@@ -259,97 +227,13 @@ def retrieval_from_similarity(sim, # (T captions, C clips), array or tensor
     return _retrieval(tile, t, c, _floats(sim[kept[t], c], 'similarities'), owner)
 
 # %% ../nbs/10_metrics.ipynb #fe81c0ba
-@dataclass
-class _Embeddings:
-    "Vectors and their lengths; a vector of zeros has length 1."
-    x: torch.Tensor      # (n, d)
-    length: torch.Tensor # (n,) float64
-
-    def unit(self, rows): return self.x[rows].float() * (1 / self.length[rows, None]).float()
-
-def _lengths(x): return torch.cat([v.double().square().sum(1) for v in x.split(256)]).sqrt()
-
 def _embeddings(x, what):
     "`x` with its lengths, or an error that names a vector with NaN or infinity."
     x = _floats(_matrix(x, f'{what} embeddings', '(n, d)'), f'{what} embeddings')
-    length = _lengths(x)
-    if not ((1e-15 < length) & (length < 1e15)).all(): # squares may overflow or vanish
-        bad = (~x.isfinite().all(1)).nonzero()
-        if len(bad): raise CmlfError(f'{what} embedding {int(bad[0])} holds NaN or infinity')
-        largest = x.double().abs().amax(1, keepdim=True)
-        x = x.double() / largest.where(largest > 0, 1)
-        length = _lengths(x)
-    return _Embeddings(x, length.where(length > 0, 1))
-
-def _cosines(text, audio, t, c):
-    "Cosines of the pairs (t, c), computed in float64, as float32."
-    dots = [(text.x[i].double() * audio.x[k].double()).sum(1)
-            for i, k in zip(t.split(256), c.split(256))]
-    return (torch.cat(dots) / text.length[t] / audio.length[c]).float()
-
-# %% ../nbs/10_metrics.ipynb #ab817e2c
-_DEPTH = 128 # coordinates in one matrix product
-
-def _product(a, b):
-    "`a @ b.T` of unit vectors in float32, and a bound for its error."
-    S, parts = a.new_zeros(len(a), len(b)), list(zip(a.split(_DEPTH, 1), b.split(_DEPTH, 1)))
-    for x, y in parts: S.addmm_(x, y.T)
-    return S, 1.01 * 2**-24 * (_DEPTH + len(parts) + 8)
-
-# %% ../nbs/10_metrics.ipynb #31070bbe
-def _near(S, start, layers, value, margin):
-    "(2, n) rows and columns of the entries within `margin` of a right similarity of their row."
-    found = [torch.zeros(2, 0, dtype=torch.long, device=S.device)]
-    for pairs, at, lines in _lines(S, start, layers):
-        d = (lines - value[pairs, None]).abs_()
-        some = (d.amin(1) <= margin).nonzero().squeeze(1)
-        i, k = (d[some] <= margin).nonzero().T
-        found.append(torch.stack([at[some[i]], k]))
-    return torch.cat(found, 1)
-
-# %% ../nbs/10_metrics.ipynb #824507b6
-@dataclass
-class _Cosines:
-    "The cosines of a test set in tiles, exact wherever rounding could change a rank."
-    text: _Embeddings
-    audio: _Embeddings
-    t: np.ndarray # right pairs (t, c), sorted by t
-    c: np.ndarray
-
-    def __post_init__(self):
-        self.layers = [_layers(query, self.text.x.device) for query in (self.t, self.c)]
-        t, c = (torch.as_tensor(x, device=self.text.x.device) for x in (self.t, self.c))
-        self.value = _cosines(self.text, self.audio, t, c)
-        # the captions of one row of tiles are converted once
-        self.unit = functools.lru_cache(1)(lambda a, b: self.text.unit(slice(a, b)))
-
-    def right(self, rows, cols):
-        "The right pairs in a tile: their numbers, rows and columns."
-        a, b = np.searchsorted(self.t, [rows.start, rows.stop])
-        pair = a + np.flatnonzero((self.c[a:b] >= cols.start) & (self.c[a:b] < cols.stop))
-        at = pair, self.t[pair] - rows.start, self.c[pair] - cols.start
-        return [torch.as_tensor(x, device=self.value.device) for x in at]
-
-    def near(self, S, rows, cols, margin):
-        "(2, n) captions and clips of a tile that are within `margin` of a right similarity."
-        by_text = _near(S, rows.start, self.layers[0], self.value, margin)
-        by_audio = _near(S.T, cols.start, self.layers[1], self.value, margin)
-        return torch.cat([by_text, by_audio.flip(0)], 1)
-
-    def in_double(self, rows, cols):
-        S = self.text.x[rows].double() @ self.audio.x[cols].double().T
-        return (S / self.text.length[rows, None] / self.audio.length[cols]).float()
-
-    def __call__(self, rows, cols):
-        S, margin = _product(self.unit(rows.start, rows.stop), self.audio.unit(cols))
-        pair, row, col = self.right(rows, cols)
-        off = (S[row, col] - self.value[pair]).abs()
-        S[row, col] = 2. # near to nothing: right pairs are known exactly
-        t, c = self.near(S, rows, cols, margin)
-        if (off > margin).any() or len(t) > S.numel() // 64: S = self.in_double(rows, cols)
-        else: S[t, c] = _cosines(self.text, self.audio, t + rows.start, c + cols.start)
-        S[row, col] = self.value[pair]
-        return S
+    found = Embeddings.of(x)
+    if found: return found
+    bad = int((~x.isfinite().all(1)).nonzero()[0])
+    raise CmlfError(f'{what} embedding {bad} holds NaN or infinity')
 
 # %% ../nbs/10_metrics.ipynb #2e2cf583
 def retrieval(audio, # (C, d) embeddings of the clips
@@ -364,8 +248,7 @@ def retrieval(audio, # (C, d) embeddings of the clips
         raise CmlfError(f'audio embeddings have {audio.x.shape[1]} dimensions, '
                         f'text {text.x.shape[1]}: should be equal')
     kept, owner, t, c = _pool(owner, relevant, first, len(text.x), len(audio.x))
-    text = _Embeddings(_rows(text.x, kept), _rows(text.length, kept))
-    cosines = _Cosines(text, audio, t, c)
+    cosines = Cosines(text.only(kept), audio, t, c)
     return _retrieval(cosines, t, c, cosines.value, owner)
 
 # %% ../nbs/10_metrics.ipynb #880a2bd6

@@ -19,7 +19,7 @@ PARTS = {   # name in RUN_VERSION -> {module: None, or names of the definitions 
     'batches': {'batches': None},
     'mining': {'mining': None, 'appendix/neighbours': None, 'appendix/batch_search': None, 'appendix/bounds': None},
     'encoders': {'encoders': None, 'appendix/bert': None, 'appendix/checkpoints': None, 'appendix/dropout': None},
-    'loss': {'loss': None}, 'metrics': {'metrics': None}, 'training': {'training': None},
+    'loss': {'loss': None}, 'metrics': {'metrics': None, 'appendix/cosines': None}, 'training': {'training': None},
     'baselines': {'baselines': None, 'appendix/experts': None},
     'reproduce': {'experiments': None, 'runs': _KEYS}}
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from sklearn.metrics import average_precision_score
 
 from cmlf import metrics
+from cmlf.appendix import cosines
 from cmlf.core import CmlfError
 from cmlf.metrics import Retrieval, interval, paired_test, retrieval, retrieval_from_similarity
 
@@ -62,7 +63,7 @@ def pools(draw, values=4):
 def test_ties_and_sets_against_loops(pool, tile):
     sim, owner, relevant = pool
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(metrics, '_TILE', tile)
+        m.setattr(cosines, 'TILE', tile)
         check(retrieval_from_similarity(sim, owner), sim, owner)
         check(retrieval_from_similarity(sim, owner, relevant=relevant), sim, owner, relevant)
 
@@ -223,7 +224,7 @@ def in_double(audio, text):
 @pytest.mark.parametrize('tile', [16, 1024])
 @pytest.mark.parametrize('seed', range(4))
 def test_near_ties_have_the_ranks_of_double_precision(seed, tile, monkeypatch):
-    monkeypatch.setattr(metrics, '_TILE', tile)
+    monkeypatch.setattr(cosines, 'TILE', tile)
     audio, text, owner = close_embeddings(seed)
     fake = np.random.default_rng(seed).standard_normal((7 * len(audio), text.shape[1]))  # many others, far away
     for a, o in ((audio, owner), (np.r_[audio, fake], np.r_[owner, len(audio) + np.arange(len(fake))])):
@@ -235,19 +236,19 @@ def test_near_ties_have_the_ranks_of_double_precision(seed, tile, monkeypatch):
 
 def test_without_the_second_computation_near_ties_would_be_wrong(monkeypatch):
     audio, text, owner = close_embeddings(0)
-    exact, product = retrieval_from_similarity(in_double(audio, text), owner), metrics._product
-    monkeypatch.setattr(metrics._Cosines, 'in_double', lambda self, rows, cols: product(self.text.unit(rows), self.audio.unit(cols))[0])
+    exact, product = retrieval_from_similarity(in_double(audio, text), owner), cosines.product
+    monkeypatch.setattr(cosines.Cosines, 'in_double', lambda self, rows, cols: product(self.text.unit(rows), self.audio.unit(cols))[0])
     assert not np.array_equal(exact.t2a_ranks, retrieval(audio, text, owner).t2a_ranks)
 
 
 @pytest.mark.parametrize('lower', [torch.bfloat16, torch.float16])
 def test_a_product_in_lower_precision_is_noticed(lower, monkeypatch):
     "Some devices multiply float32 in a lower precision (TF32, or bf16 on CPUs)."
-    random, product = np.random.default_rng(0), metrics._product
+    random, product = np.random.default_rng(0), cosines.product
     owner = np.arange(300) % 100
     audio = random.standard_normal((100, 64)); text = audio[owner] + 3 * random.standard_normal((300, 64))
     exact = retrieval_from_similarity(in_double(audio, text), owner)
-    monkeypatch.setattr(metrics, '_product', lambda a, b: (product(a.to(lower).float(), b.to(lower).float())[0], product(a, b)[1]))
+    monkeypatch.setattr(cosines, 'product', lambda a, b: (product(a.to(lower).float(), b.to(lower).float())[0], product(a, b)[1]))
     assert np.array_equal(exact.a2t_ranks, retrieval(audio, text, owner).a2t_ranks)
 
 
@@ -258,9 +259,9 @@ def test_error_of_a_product_is_below_its_bound(kind):
     if kind == 'one large': x[:, 7] = 100
     y = -x[:, ::-1] if kind == 'cancelling' else x
     x, y = (metrics._embeddings(np.ascontiguousarray(v.astype(np.float32)), 'x') for v in (x, y))
-    S, margin = metrics._product(x.unit(slice(None)), y.unit(slice(None)))
+    S, margin = cosines.product(x.unit(slice(None)), y.unit(slice(None)))
     t, c = (i.flatten() for i in torch.meshgrid(torch.arange(200), torch.arange(200), indexing='ij'))
-    assert (S.flatten() - metrics._cosines(x, y, t, c)).abs().max() < margin < 1e-5
+    assert (S.flatten() - cosines.pair_cosines(x, y, t, c)).abs().max() < margin < 1e-5
 
 
 def test_autocast_changes_nothing():
