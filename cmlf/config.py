@@ -110,11 +110,13 @@ class TextConfig(Settings):
     text_pool:str = setting('cls', choices=('cls', 'mean')) # 'cls' as in the paper
     train_word_table:bool = True # whether the word embeddings are trained too
     text_layers:int = 0 # keep only the first layers of the text model; 0: all
+    text_frozen:int = 0 # the first layers that are not trained, nor their word embeddings; 0: none
 
     def check(self):
-        if self.text_layers < 0:
-            raise CmlfError(f'setting text_layers={self.text_layers} should be a number of layers, '
-                            'or 0 for all')
+        for key in ('text_layers', 'text_frozen'):
+            if getattr(self, key) < 0:
+                raise CmlfError(f'setting {key}={getattr(self, key)} should be a number of layers, '
+                                'or 0')
 
 @dataclass(frozen=True)
 class JointConfig(Settings):

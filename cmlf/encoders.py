@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as nnf
 
-from cmlf.appendix.bert import (
-    ill_matched, keep_layers, load_bert, longest, packaged_minilm, probe, quiet, read_tokenizer,
-    tiny_bert)
+from .appendix.bert import (
+    freeze_layers, frozen_layers, ill_matched, keep_layers, load_bert, longest, packaged_minilm,
+    probe, quiet, read_tokenizer, tiny_bert)
 from .appendix.checkpoints import (
     check_files, check_settings, mismatch, panns_weights, read_settings)
 from .appendix.dropout import dropout, swap_dropout
@@ -156,16 +156,17 @@ class TextEncoder(nn.Module):
                  pool:str='cls', # 'cls' or 'mean'
                  dropout:float|None=None, # of hidden states and attention; None: as trained
                  train_word_table:bool=True, # whether word embeddings are trained
-                 layers:int=0): # keep only the first ones; 0: all
+                 layers:int=0, # keep only the first ones; 0: all
+                 frozen:int=0): # first layers that stay as they are, with the word table
         super().__init__()
         one_of(pool, _POOLS, 'text_pool')
         if not 0 <= (dropout or 0) < 1: raise CmlfError(f'dropout={dropout} should be in [0, 1)')
         if model == 'tiny': parts = tiny_bert(dropout)
         else: parts = load_bert(packaged_minilm() if model == 'minilm' else model, dropout)
         if layers: keep_layers(parts[1], layers)
-        self._assemble(f'text model {model}', *parts, pool, dropout, train_word_table)
+        self._assemble(f'text model {model}', *parts, pool, dropout, train_word_table, frozen)
 
-    def _assemble(self, name, tokenizer, model, pool, dropout, train_word_table):
+    def _assemble(self, name, tokenizer, model, pool, dropout, train_word_table, frozen):
         if wrong := ill_matched(tokenizer, model, pool): raise CmlfError(f'{name}: {wrong}')
         self.tokenizer, self.model = tokenizer, model
         self.pool, self.dropout, self.train_word_table = pool, dropout, train_word_table
@@ -174,9 +175,16 @@ class TextEncoder(nn.Module):
         self.pad_id = next(i for i in pads if i is not None)
         swap_dropout(model.train())
         model.get_input_embeddings().weight.requires_grad_(train_word_table)
+        self.frozen = freeze_layers(model, frozen)
+
+    def train(self, mode:bool=True) -> 'TextEncoder':
+        "As in any module, but frozen layers stay in eval mode."
+        super().train(mode)
+        for part in frozen_layers(self.model, self.frozen): part.eval()
+        return self
 
     def forward(self, tokens:dict) -> torch.Tensor:
-        h = last_states(self.model, tokens)  # zeros for padding
+        h = last_states(self.model, tokens, self.frozen)  # zeros for padding
         return h[:, 0] if self.pool == 'cls' else h.sum(1) / tokens['attention_mask'].sum(1)[:, None]
 
 # %% ../nbs/08_encoders.ipynb #20136156
@@ -254,7 +262,8 @@ class DualEncoder(nn.Module):
         "The model of a profile, without PANNs weights."
         a, t = p.audio, p.text
         audio = ResNet38(a.width, a.dropout, a.block_dropout, a.spec_augment)
-        text = TextEncoder(t.text_model, t.text_pool, a.dropout, t.train_word_table, t.text_layers)
+        text = TextEncoder(t.text_model, t.text_pool, a.dropout, t.train_word_table,
+                           t.text_layers, t.text_frozen)
         return cls(audio, text, p.joint.joint_dim, p.joint.head_hidden)
 
     def embed_audio(self, x:torch.Tensor) -> torch.Tensor:
@@ -293,7 +302,7 @@ def train(self:DualEncoder, mode:bool=True) -> DualEncoder:
     return self
 
 # %% ../nbs/08_encoders.ipynb #84683853
-_TEXT_SETTINGS = dict(pool=str, dropout=float|int|None, train_word_table=bool)
+_TEXT_SETTINGS = dict(pool=str, dropout=float|int|None, train_word_table=bool, frozen=int)
 
 @patch
 def save(self:TextEncoder, folder) -> None:

@@ -8,7 +8,7 @@ __all__ = ['Stage', 'joint_stages', 'curriculum_stages', 'Tokens', 'PairedSplit'
            'mean_average_precision']
 
 # %% ../nbs/11_training.ipynb #08fc93ed
-import contextlib, math, time
+import math, time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,10 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+from .appendix.bert import frozen_layers
 from .appendix.linear import fast_linear
 from .appendix.loading import ahead, for_device, to_device
-from .appendix.packing import real_positions
+from .appendix.packing import States, real_positions
 from .config import Profile
 from .core import (CmlfError, atomic_path, autocast, content_hash, device, log, precision, rng,
                        seed_everything)
@@ -96,6 +97,10 @@ def tokens_of(corpus, # a `Corpus`
     return Tokens(text, corpus.captions, [where[i] for i in corpus.owner])
 
 # %% ../nbs/11_training.ipynb #51b4c8f1
+def _as_for_scoring(amp, dev):
+    "bf16, where it is asked for and faster; else float32 with the faster linear layers."
+    return autocast(dev, amp) if precision(amp, dev) == 'bf16' else fast_linear()
+
 @torch.no_grad()
 def encode(module, # an encoder, or an encoder with its head
            inputs, # `inputs[indices]` -> a batch: log-mels, or a dict of tokens
@@ -111,23 +116,30 @@ def encode(module, # an encoder, or an encoder with its head
     lengths, out = getattr(inputs, 'lengths', None), []
     order = np.arange(n) if lengths is None else np.argsort(lengths.numpy(), kind='stable')
     fetch = lambda start: to_device(inputs[order[start:start + batch]], dev)
-    low = amp and precision(amp, dev) == 'bf16'
     for x in ahead(fetch, range(0, n, batch), 2 * (dev.type == 'cuda')):
-        with autocast(dev, amp), contextlib.nullcontext() if low else fast_linear():
-            out.append(module(x).float())
+        with _as_for_scoring(amp, dev): out.append(module(x).float())
     if was_training: module.train()
     return torch.cat(out)[torch.as_tensor(np.argsort(order), device=dev)]
 
 # %% ../nbs/11_training.ipynb #807a9a54
-def _text_outputs(model, pairs, amp, dev):
-    "Outputs of the text encoder, computed once for the same weights."
-    weights = [v.cpu().numpy() for v in model.text.state_dict().values()]
-    key = content_hash(str((amp, dev)), *weights)
-    if key not in pairs.outputs:
-        pairs.outputs.clear()
-        pairs.outputs[key] = encode(model.text, pairs.tokens, len(pairs.tokens), amp=amp, dev=dev)
-    return pairs.outputs[key]
+def _remembered(pairs, what, parts, amp, dev, compute):
+    "`compute()`, once for the same weights of `parts`; the last value of `what` is kept."
+    weights = [v.cpu().numpy() for part in parts for v in part.state_dict().values()]
+    what, key = (what, amp), content_hash(str(dev), *weights)
+    if pairs.outputs.get(what, ('', None))[0] != key: pairs.outputs[what] = key, compute()
+    return pairs.outputs[what][1]
 
+def _text_view(model, pairs, whole, amp, dev):
+    "Outputs of the whole text encoder, or of its frozen layers; tokens, if there are none."
+    text, frozen = model.text, getattr(model.text, 'frozen', 0)
+    if whole: return _remembered(pairs, 'text', [text], amp, dev, lambda: encode(
+        text, pairs.tokens, len(pairs.tokens), amp=amp, dev=dev))
+    if not frozen: return pairs.tokens
+    def compute():
+        with _as_for_scoring(amp, dev): return States(text.model, pairs.tokens, frozen, dev)
+    return _remembered(pairs, 'states', frozen_layers(text.model, frozen), amp, dev, compute)
+
+@torch.no_grad()
 def frozen_view(model, # a `DualEncoder`
                 pairs:PairedSplit, # the split
                 trainable:str, # 'audio', 'text' or 'both'
@@ -135,9 +147,9 @@ def frozen_view(model, # a `DualEncoder`
                 dev=None, # None: the default device
                ) -> PairedSplit:
     "The split with outputs of the frozen encoder in the place of its inputs."
-    if trainable == 'audio': return replace(pairs, tokens=_text_outputs(model, pairs, amp, dev))
-    if trainable == 'both': return pairs
-    return replace(pairs, store=encode(model.audio, pairs.store, len(pairs), amp=amp, dev=dev))
+    dev, store = dev or device(), pairs.store
+    if trainable == 'text': store = encode(model.audio, store, len(pairs), amp=amp, dev=dev)
+    return replace(pairs, store=store, tokens=_text_view(model, pairs, trainable == 'audio', amp, dev))
 
 # %% ../nbs/11_training.ipynb #d92ba93f
 def embed(model, # a `DualEncoder`
