@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .appendix.cosines import Cosines, Embeddings, layers_of, lines_of, nth, rows_of, tiles
+from .appendix.cosines import Cosines, Embeddings, layers_of, lines_of, nth, rows_of, same_shape, tiles
 from .core import CmlfError, one_of, rng
 
 # %% ../nbs/10_metrics.ipynb #af8c02ea
-def _above(S, value):
-    "For each i, how many of `S[i]` are above `value[i]`; a tie counts half."
-    d = S - value[:, None]
+def _above(S, value, out=None):
+    "For each i, how many of `S[i]` are above `value[i]`; a tie counts half. `out` is overwritten."
+    d = torch.sub(S, value[:, None], out=out)
     if not value.isfinite().all(): d.nan_to_num_(0) # equal infinities tie
     return (d.sign_().sum(1).double() + S.shape[1]) / 2
 
@@ -35,12 +35,13 @@ def _places(query, value, ahead):
 def _both_directions(tile, t, c, value, n_captions, n_clips):
     "`_places` of the right pairs (t, c), by caption and by clip; `tile(rows, cols)` is a tensor."
     layers = [layers_of(query, value.device) for query in (t, c)]
-    ahead = value.new_zeros(2, len(value), dtype=torch.float64)
+    ahead, d = value.new_zeros(2, len(value), dtype=torch.float64), None
     for rows, cols in tiles(n_captions, n_clips):
         S = tile(rows, cols)
-        for found, part, start, some in zip(ahead, (S, S.T), (rows.start, cols.start), layers):
-            for pairs, _, lines in lines_of(part, start, some):
-                found[pairs] += _above(lines, value[pairs])
+        d = same_shape(d, S)
+        for found, part, out, at, some in zip(ahead, (S, S.T), (d, d.T), (rows, cols), layers):
+            for pairs, _, lines in lines_of(part, at.start, some):
+                found[pairs] += _above(lines, value[pairs], out if lines is part else None)
     value, ahead = value.double().cpu().numpy(), ahead.cpu().numpy()
     return _places(t, value, ahead[0]), _places(c, value, ahead[1])
 
