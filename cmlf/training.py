@@ -19,6 +19,8 @@ from fastcore.basics import patch
 from torch import nn
 
 from .appendix.bert import frozen_layers
+from .appendix.distributed import (agree, average_gradients, check_batch_size, from_first,
+                                       gather, only_first, rank, share, share_of, spread)
 from .appendix.linear import fast_linear
 from .appendix.loading import ahead, for_device, to_device
 from .appendix.packing import States, real_positions
@@ -110,16 +112,16 @@ def encode(module, # an encoder, or an encoder with its head
            dev=None, # None: the default device
           ) -> torch.Tensor: # (n, d) float32, on the device
     "Outputs of `module` in eval mode for all inputs; captions go in order of length, to pad less."
-    dev = dev or device()
+    dev, (inputs, k) = dev or device(), share_of(inputs, n) # k: those of this process
     was_training = isinstance(module, nn.Module) and module.training
     if was_training: module.eval()
     lengths, out = getattr(inputs, 'lengths', None), []
-    order = np.arange(n) if lengths is None else np.argsort(lengths.numpy(), kind='stable')
+    order = np.arange(k) if lengths is None else np.argsort(lengths.numpy(), kind='stable')
     fetch = lambda start: to_device(inputs[order[start:start + batch]], dev)
-    for x in ahead(fetch, range(0, n, batch), 2 * (dev.type == 'cuda')):
+    for x in ahead(fetch, range(0, k, batch), 2 * (dev.type == 'cuda')):
         with _as_for_scoring(amp, dev): out.append(module(x).float())
     if was_training: module.train()
-    return torch.cat(out)[torch.as_tensor(np.argsort(order), device=dev)]
+    return gather(torch.cat(out)[torch.as_tensor(np.argsort(order), device=dev)])[:n]
 
 # %% ../nbs/11_training.ipynb #807a9a54
 def _remembered(pairs, what, parts, amp, dev, compute):
@@ -203,7 +205,7 @@ class Checkpoint:
 
     def save(self, **state): # tensors, numbers, lists and dicts of them
         "Write the state, completely or not at all; skip it if the last write is too recent."
-        if not self.path or time.monotonic() - self.saved < self.every: return
+        if not self.path or rank() or time.monotonic() - self.saved < self.every: return
         with atomic_path(self.path) as tmp: torch.save(state | dict(plan=self.plan), tmp)
         self.saved = time.monotonic()
 
@@ -233,7 +235,7 @@ class Trainer:
                  checkpoint=None, # file to write between epochs, and to resume from
                  save_every:float=30., # seconds between checkpoints
                  log=log): # called with one line per epoch
-        self.stages, self.seed, self.vectors, self.log = stages, seed, vectors, log
+        self.stages, self.seed, self.vectors, self.log = stages, seed, vectors, only_first(log)
         self.dev, self.stage, self.epoch = device(), 0, 0
         self.model, self.profile = model, profile
         self.train, self.val, self.test = (
@@ -246,6 +248,8 @@ class Trainer:
         self.checkpoint = Checkpoint(checkpoint, plan, save_every)
         model.to(self.dev)
         _check_trainer(self)
+        agree(plan, 'run')
+        spread(model)
 
 # %% ../nbs/11_training.ipynb #c7bd229c
 def _check_trainer(t):
@@ -259,6 +263,7 @@ def _check_trainer(t):
     if len(t.train) < t.profile.batches.batch_size:
         raise CmlfError(f'{len(t.train)} training pairs do not fill a batch of '
                         f'{t.profile.batches.batch_size}: lower batch_size')
+    check_batch_size(t.profile.batches.batch_size)
 
 # %% ../nbs/11_training.ipynb #a13e4cfd
 _STAGE_STRIDE = 1_000_000 # larger than the number of epochs of any stage
@@ -284,7 +289,7 @@ def fetch(self:Trainer,
           pair, # (clips, captions), (B,) indices of both
          ) -> tuple:
     "(audio, text) of a batch on the device, for `DualEncoder.forward`."
-    clips, captions = map(torch.as_tensor, pair)
+    clips, captions = (torch.as_tensor(share(i)) for i in pair)
     return tuple(to_device(x, self.dev)
                  for x in (self.inputs.store[clips], self.inputs.tokens[captions]))
 
@@ -292,7 +297,7 @@ def fetch(self:Trainer,
 def loss_of(self:Trainer, batch:tuple) -> torch.Tensor:
     "The loss of a batch, a scalar."
     with autocast(self.dev, self.profile.optimiser.amp): x, y = self.model(batch)
-    return self.loss(x, y)
+    return self.loss(gather(x), gather(y))
 
 # %% ../nbs/11_training.ipynb #e5f67bbf
 @patch
@@ -311,12 +316,13 @@ def step(self:Trainer, batch:tuple, # from `fetch`
         ) -> torch.Tensor:
     "One update of the weights; returns the loss, still on the device."
     opt, clip_norm = self.optimiser, self.profile.optimiser.clip_norm
+    weights = [q for g in opt.param_groups for q in g['params']]
     self.set_rate(done)
     loss = self.loss_of(batch)
     opt.zero_grad(set_to_none=True)
     loss.backward()
-    if clip_norm:
-        nn.utils.clip_grad_norm_([q for g in opt.param_groups for q in g['params']], clip_norm)
+    average_gradients(weights)
+    if clip_norm: nn.utils.clip_grad_norm_(weights, clip_norm)
     opt.step()
     return loss.detach()
 
@@ -324,10 +330,11 @@ def step(self:Trainer, batch:tuple, # from `fetch`
 @patch
 def one_epoch(self:Trainer) -> float:
     "Train on every batch once; returns the mean loss."
-    seed_everything(int(rng(self.seed, 'epoch', self.stage, self.epoch).integers(2**31)))
+    stream = ('process', rank()) if rank() else () # processes draw other dropout masks
+    seed_everything(int(rng(self.seed, 'epoch', self.stage, self.epoch, *stream).integers(2**31)))
     captions = draw_captions(self.train.owner, len(self.train),
                              rng(self.seed, 'captions', self.stage, self.epoch))
-    batches, losses = self.batches(), []
+    batches, losses = from_first(self.batches), []
     fetched = ahead(self.fetch, zip(batches, captions[batches]), 2 * (self.dev.type == 'cuda'))
     for i, batch in enumerate(fetched):
         losses.append(self.step(batch, self.epoch + i / len(batches)))
@@ -473,6 +480,7 @@ def save(self:Trainer):
 def resume(self:Trainer) -> dict|None:
     "Restore the state from the checkpoint; None if there is no file."
     state = self.checkpoint.load(self.dev)
+    agree(state and (state['stage'], state['epoch']), 'stage and epoch of the checkpoint')
     if state is None: return None
     self.model.load_state_dict(state['model'])
     now = self.precision
