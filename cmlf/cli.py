@@ -17,9 +17,18 @@ from .core import CmlfError, absolute, log, one_of
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 @app.callback()
-def _about():
+def _about(context:typer.Context):
     """3CMLF: audio-text retrieval by a three-stage curriculum. Reproduce the tables of the paper,
     train on your own sounds, mine batches."""
+    command = context.invoked_subcommand
+    if command != 'train' and _launched():
+        raise CmlfError(f'cmlf {command}: only `cmlf train` shares its work among processes; start '
+                        'this command without a launcher (reproduce has --jobs and --cluster)')
+
+def _launched():
+    if 'LOCAL_RANK' not in os.environ: return False # the next line imports torch
+    from cmlf.appendix.distributed import launched
+    return launched()
 
 _SET = typer.Option([], '--set', help='KEY=VALUE, a setting to change; repeat for more')
 _JSON = typer.Option(False, '--json', help='print JSON')
@@ -165,11 +174,14 @@ def _train_command(data:str = _DATA,
                   seed:int = typer.Option(0, help='seed of weights and batches'),
                   set_:list[str] = _SET, as_json:bool = _JSON):
     "Train on your own sounds."
+    from cmlf.appendix.distributed import joined, only_first
     from cmlf.config import get_profile
     from cmlf.experiments import train_on
-    run = train_on(data, get_profile(profile, set_), out, system, chm, seed)
-    print_facts(dict(run=str(run.folder), key=run.metadata['key'], val=run.metadata['val'],
-                     minutes=round(run.metadata['minutes'], 2)), as_json)
+    with joined():
+        run = train_on(data, get_profile(profile, set_), out, system, chm, seed)
+        only_first(print_facts)(
+            dict(run=str(run.folder), key=run.metadata['key'], val=run.metadata['val'],
+                 minutes=round(run.metadata['minutes'], 2)), as_json)
 
 # %% ../nbs/18_cli.ipynb #aa9fc41b
 @app.command('evaluate')
@@ -253,6 +265,9 @@ def run_command(arguments:list|None=None, # None: those of the command line
     except Exception as e:
         if not hasattr(e, 'format_message'): raise # only errors of command-line usage have it
         message = e.format_message()
+    if _launched():
+        from cmlf.appendix.distributed import let_first_report
+        let_first_report()
     log(f'cmlf: {" ".join(message.split())}')
     return 2
 

@@ -17,6 +17,7 @@ import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 
+from .appendix.distributed import from_first, only_first, processes, rank
 from .appendix.experts import (encoder_words, extract, load_expert, load_words,
                                    own_experts)
 from .baselines import CE, CESettings, ranger, train_ce
@@ -133,6 +134,9 @@ def prepare(self:Experiment, specs:list):
 def train(self:Experiment, spec:RunSpec, folder:Path, log) -> dict:
     "Train `spec`, write its files to `folder`, and return entries for `run.json`."
     method = dict(tagger='pretrain', experts='fit_experts', ce='fit_ce').get(spec.kind, 'fit')
+    if processes() > 1 and method != 'fit':
+        raise CmlfError(f'run {spec.name} is trained by one process: train it first, without a '
+                        'launcher')
     return getattr(self, method)(spec, folder, log)
 
 # %% ../nbs/14_experiments.ipynb #d98b20b4
@@ -172,9 +176,7 @@ def fit(self:Experiment, spec:RunSpec, folder:Path, log) -> dict:
     trainer = Trainer(model, train, val, p, stages, spec.seed, vectors, test,
                       folder/'checkpoint.pt', log=log)
     history = pd.DataFrame(trainer.fit())
-    history.to_csv(folder/'history.csv', index=False)
-    if test: _write_test(folder/'test.npz', trainer.stage_outputs, test.owner)
-    model.save(folder)
+    if not rank(): _write_run(folder, trainer, history)
     return _facts(trainer, history, test) | dict(vector_minutes=seconds / 60)
 
 # %% ../nbs/14_experiments.ipynb #acf933b3
@@ -186,6 +188,11 @@ def _facts(trainer, history, test):
                 test=[scores(f) for f in found], selected=chosen, val=val, last_val=last,
                 train_clips=len(trainer.train),
                 minutes=float(history.seconds.sum() + history.val_seconds.sum()) / 60)
+
+def _write_run(folder, trainer, history):
+    history.to_csv(folder/'history.csv', index=False)
+    if trainer.test: _write_test(folder/'test.npz', trainer.stage_outputs, trainer.test.owner)
+    trainer.model.save(folder)
 
 def _write_test(path, outputs, owner):
     "Write embeddings and ranks of the test set after each stage."
@@ -203,15 +210,18 @@ def trained(self:Experiment, spec:RunSpec) -> DualEncoder:
     "The model of a finished run, in eval mode."
     return DualEncoder.load(self.run(spec).folder)
 
+def _write_vectors(path, e, seconds):
+    with atomic_path(path) as tmp: np.savez(tmp, e=e, seconds=seconds)
+
 @patch
 def vectors(self:Experiment, spec:RunSpec) -> tuple: # (N, d) unit vectors, and seconds
     "The ancillary vectors for a mined run, computed once and stored in the folder of the baseline."
     which, base = self.profile.batches.ancillary, self.spec('baseline', spec.audio, seed=spec.seed)
     path = self.run(base).folder/f'ancillary_{which}.npz'
-    if not path.exists():
+    if not from_first(path.exists):
         start, model = time.monotonic(), self.trained(base).to(device())
         e = ancillary_vectors(model, self.pairs('train', model), which)
-        with atomic_path(path) as tmp: np.savez(tmp, e=e, seconds=time.monotonic() - start)
+        from_first(_write_vectors, path, e, time.monotonic() - start)
     with np.load(path) as f: return f['e'], float(f['seconds'])
 
 # %% ../nbs/14_experiments.ipynb #55ca69b1
@@ -321,18 +331,21 @@ def train_on(data, # corpus on disk
     spec = exp.spec(one_of(system, ['3cmlf', 'baseline'], 'system'),
                     'pretrained' if profile.tagger.panns else 'scratch',
                     chm and system == '3cmlf', seed=seed)
-    files = exp.run(spec).folder.iterdir()
-    # run.json is moved last: a folder with run.json counts as finished
-    for f in sorted(files, key=lambda f: f.name == 'run.json'): os.replace(f, out/f.name)
+    from_first(_move, exp.run(spec).folder, out)
     return Run(out)
+
+def _move(folder, out):
+    # run.json is moved last: a folder with run.json counts as finished
+    files = sorted(folder.iterdir(), key=lambda f: f.name == 'run.json')
+    for f in files: os.replace(f, out/f.name)
 
 # %% ../nbs/14_experiments.ipynb #ec054fa1
 def _with_two_batches(p, n): # the profile, with a batch size that gives two batches of n clips
     size = p.batches.batch_size
     if n >= 2 * size: return p
     smaller = p.replace(batch_size=max(2, n // 2))
-    log(f'{n} training clips: batch_size {size} is lowered to {smaller.batches.batch_size}, so '
-        'that there are two batches')
+    only_first(log)(f'{n} training clips: batch_size {size} is lowered to '
+                    f'{smaller.batches.batch_size}, so that there are two batches')
     return smaller
 
 # %% ../nbs/14_experiments.ipynb #0d8ab96f

@@ -7,7 +7,7 @@ __all__ = ['READS', 'RUN_VERSION', 'ROOT', 'RunSpec', 'reads', 'run_profile', 'r
            'runs_folder', 'RunStore', 'not_default', 'NotRun', 'is_done', 'jobs_for', 'wait_for', 'call_all']
 
 # %% ../nbs/13_runs.ipynb #26ad780b
-import os, shutil, time
+import contextlib, os, shutil, time
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from functools import cached_property, lru_cache
@@ -19,6 +19,7 @@ import pandas as pd
 from fastcore.basics import patch
 from filelock import FileLock
 
+from .appendix.distributed import agree, from_first, processes, rank
 from .appendix.executors import (LocalExecutor, Task, check_address, executor_for,
                                      gpus)
 from .config import (GROUPS, PATH_SETTINGS, Profile, expert_files, pick, resolve_paths)
@@ -240,11 +241,12 @@ def run(self:RunStore, spec:RunSpec) -> Run:
     done = self.run_folder(spec)
     if not self.allows(spec):
         raise NotRun(f'run {spec.name} is left out by only={" ".join(self.only)!r}')
-    if not is_done(self, spec):
+    if not from_first(is_done, self, spec):
         for parent in self.parents(spec): self.run(parent)
         done.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(done.with_name(done.name + '.lock')):
-            if not is_done(self, spec): self._train_once(spec, done)
+        lock = FileLock(done.with_name(done.name + '.lock'))
+        with contextlib.nullcontext() if rank() else lock:
+            if not from_first(is_done, self, spec): self._train_once(spec, done)
     return Run(done)
 
 # %% ../nbs/13_runs.ipynb #ca844f9c
@@ -252,12 +254,13 @@ def run(self:RunStore, spec:RunSpec) -> Run:
 def _train(self:RunStore, spec, partial):
     start = time.time()
     facts = self.train(spec, partial, lambda line: log(f'{self.profile.name} {spec.name}: {line}'))
+    if rank(): return
     write_json(partial/'run.json', dict(
         name=spec.name, key=self.key(spec), spec=asdict(spec),
         settings=run_config(self.profile, spec), profile=self.profile.asdict(),
         run_version=RUN_VERSION, minutes_last_session=(time.time() - start) / 60,
         precision=precision(self.profile.optimiser.amp), **self.describe(), **facts,
-        commit=commit(), versions=versions(), machine=machine(),
+        commit=commit(), versions=versions(), machine=machine(), processes=processes(),
         finished=time.strftime('%Y-%m-%d %H:%M:%S')))
     (partial/'checkpoint.pt').unlink(missing_ok=True)
     os.replace(partial, self.run_folder(spec))
@@ -274,13 +277,17 @@ def _new_partial(done):
     for old in found[:-1]: shutil.rmtree(old.parent, ignore_errors=True)
     return partial
 
-@patch
-def _train_once(self:RunStore, spec, done):
-    try: self._train(spec, _new_partial(done))
-    except Exception: # if another process has just finished the run, its result counts
-        if not is_done(self, spec): raise
+def _remove_partial(done):
     for partial in done.parent.glob(f'{done.name}*.partial'):
         shutil.rmtree(partial, ignore_errors=True)
+
+@patch
+def _train_once(self:RunStore, spec, done):
+    agree(self.key(spec), f'key of run {spec.name}')
+    try: self._train(spec, from_first(_new_partial, done))
+    except Exception: # if another process has just finished the run, its result counts
+        if not is_done(self, spec): raise
+    from_first(_remove_partial, done) # the other processes of this run wait until it is stored
 
 # %% ../nbs/13_runs.ipynb #41656156
 def jobs_for(profile:Profile,
