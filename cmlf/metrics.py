@@ -199,10 +199,12 @@ def _matrix(x, what, axes):
 def _floats(x, what):
     "The same numbers as a float tensor; refuses whole numbers so large that rounding makes ties."
     if torch.is_tensor(x): return x
-    floats = x.astype(np.result_type(x.dtype, np.float32))
+    floats = x.astype(np.result_type(x.dtype, np.float32), copy=False)
     if x.dtype.kind in 'iu' and (np.abs(floats) >= 2**53).any():
         raise CmlfError(f'{what}: whole numbers above 2^53 are not exact as floats; divide them')
-    return torch.from_numpy(floats)
+    # torch needs an array that can be written and has no negative steps; others are copied
+    shared = floats.flags.writeable and min(floats.strides, default=0) >= 0
+    return torch.from_numpy(floats if shared else floats.copy())
 
 # %% ../nbs/10_metrics.ipynb #3d7851d9
 def _retrieval(tile, t, c, value, owner):

@@ -155,6 +155,25 @@ def test_similarities_are_left_as_they_are():
         assert np.array_equal(s, sim)
 
 
+@pytest.mark.parametrize('change', [1, 1e200])
+@pytest.mark.parametrize('kind', [np.float32, np.float64, torch.float64])
+def test_embeddings_are_left_as_they_are(kind, change):
+    x = np.random.default_rng(0).standard_normal((30, 4))
+    x = torch.tensor(x, dtype=kind) if kind is torch.float64 else x.astype(kind)
+    x = x * change if x.itemsize == 8 else x
+    same = x + 0
+    first = retrieval(x[:10], x, np.arange(30) % 10)
+    assert bool((x == same).all()) and first.asdict() == retrieval(x[:10], x, np.arange(30) % 10).asdict()
+
+
+def test_read_only_and_reversed_embeddings():
+    x = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
+    as_is = retrieval(x[:10], x, np.arange(30) % 10).asdict()
+    for y in (x[:, ::-1], x.copy()):
+        y.setflags(write=False)
+        assert retrieval(y[:10], y, np.arange(30) % 10).asdict()['t2a'] == as_is['t2a']
+
+
 def test_similarities_from_a_file_are_read_by_blocks(tmp_path):
     np.save(tmp_path/'sim.npy', sim)
     r = retrieval_from_similarity(np.load(tmp_path/'sim.npy', mmap_mode='r'), owner)

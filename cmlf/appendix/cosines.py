@@ -53,7 +53,10 @@ def rows_of(x, at):
     "`x[at]`, without a copy if `at` are consecutive."
     return x[at[0]:at[-1] + 1] if at[-1] - at[0] == len(at) - 1 else x[at]
 
-def _lengths(x): return torch.cat([v.double().square().sum(1) for v in x.split(256)]).sqrt()
+def _lengths(x):
+    out = x.new_empty(len(x), dtype=torch.float64) # many small results would fragment the memory
+    for v, part in zip(x.split(256), out.split(256)): torch.sum(v.double().square(), 1, out=part)
+    return out.sqrt_()
 
 @dataclass
 class Embeddings:
@@ -81,9 +84,10 @@ def pair_cosines(text:Embeddings, audio:Embeddings,
                  c, # (n,) clips
                 ) -> torch.Tensor:
     "Cosines of the pairs (t, c), computed in float64, as float32."
-    dots = [(text.x[i].double() * audio.x[k].double()).sum(1)
-            for i, k in zip(t.split(256), c.split(256))]
-    return (torch.cat(dots) / text.length[t] / audio.length[c]).float()
+    out = text.length.new_empty(len(t))
+    for i, k, part in zip(t.split(256), c.split(256), out.split(256)):
+        torch.sum(text.x[i].double() * audio.x[k].double(), 1, out=part)
+    return (out / text.length[t] / audio.length[c]).float()
 
 # %% ../../nbs/appendix/cosines.ipynb #060ffe86
 _DEPTH = 128 # coordinates in one matrix product
