@@ -84,8 +84,8 @@ def contents(settings:dict) -> dict:
     return found
 
 # %% ../nbs/13_runs.ipynb #18caac77
-RUN_VERSION = dict(core=1, features=2, data=2, soundscapes=1, batches=1, mining=3, encoders=2,
-                   loss=1, metrics=2, training=2, baselines=3, reproduce=1)
+RUN_VERSION = dict(core=1, features=3, data=2, soundscapes=1, batches=1, mining=3, encoders=3,
+                   loss=1, metrics=2, training=3, baselines=4, reproduce=1)
 
 _ALWAYS = 'core', 'features', 'data', 'soundscapes', 'reproduce'
 _MODULES = dict(tagger=('encoders', 'loss', 'training'), experts=('baselines', 'loss', 'training'),
