@@ -174,14 +174,13 @@ def _train_command(data:str = _DATA,
                   seed:int = typer.Option(0, help='seed of weights and batches'),
                   set_:list[str] = _SET, as_json:bool = _JSON):
     "Train on your own sounds."
-    from cmlf.appendix.distributed import joined, only_first
+    from cmlf.appendix.distributed import joined
     from cmlf.config import get_profile
     from cmlf.experiments import train_on
     with joined():
         run = train_on(data, get_profile(profile, set_), out, system, chm, seed)
-        only_first(print_facts)(
-            dict(run=str(run.folder), key=run.metadata['key'], val=run.metadata['val'],
-                 minutes=round(run.metadata['minutes'], 2)), as_json)
+        print_facts(dict(run=str(run.folder), key=run.metadata['key'], val=run.metadata['val'],
+                         minutes=round(run.metadata['minutes'], 2)), as_json)
 
 # %% ../nbs/18_cli.ipynb #aa9fc41b
 @app.command('evaluate')

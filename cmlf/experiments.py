@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 
-from .appendix.distributed import from_first, only_first, processes, rank
+from .appendix.distributed import from_first, processes, rank
 from .appendix.experts import (encoder_words, extract, load_expert, load_words,
                                    own_experts)
 from .baselines import CE, CESettings, ranger, train_ce
@@ -344,8 +344,8 @@ def _with_two_batches(p, n): # the profile, with a batch size that gives two bat
     size = p.batches.batch_size
     if n >= 2 * size: return p
     smaller = p.replace(batch_size=max(2, n // 2))
-    only_first(log)(f'{n} training clips: batch_size {size} is lowered to '
-                    f'{smaller.batches.batch_size}, so that there are two batches')
+    log(f'{n} training clips: batch_size {size} is lowered to {smaller.batches.batch_size}, so '
+        'that there are two batches')
     return smaller
 
 # %% ../nbs/14_experiments.ipynb #0d8ab96f

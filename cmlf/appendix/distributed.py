@@ -64,6 +64,11 @@ def agree(value, # something with a short text
 _TIMEOUT = timedelta(hours=12)
 
 @contextlib.contextmanager
+def _quiet():
+    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere), \
+            contextlib.redirect_stderr(nowhere): yield
+
+@contextlib.contextmanager
 def joined():
     "A block in which the processes of a launcher share the work; without one nothing changes."
     if not launched(): yield; return
@@ -73,7 +78,7 @@ def joined():
     state = PartialState(cpu=device().type == 'cpu', timeout=_TIMEOUT)
     if state.device.type == 'cuda': os.environ['CMLF_DEVICE'] = str(state.device)
     os.environ['CMLF_BF16'] = str(from_first(prefers_bf16))
-    yield
+    with _quiet() if rank() else contextlib.nullcontext(): yield
     state.destroy_process_group()
 
 # %% ../../nbs/appendix/distributed.ipynb #4dff1573
