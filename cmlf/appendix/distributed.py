@@ -14,6 +14,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import distributed, nn
 
 from ..core import CmlfError, device, prefers_bf16
@@ -34,7 +35,7 @@ def rank() -> int:
 
 # %% ../../nbs/appendix/distributed.ipynb #0506910d
 def from_first(f, # function that returns something that can be pickled
-               *args):
+               *args): # its arguments
     "What `f(*args)` returns or raises in the first process; the others wait for it."
     if processes() == 1: return f(*args)
     found = [None, None]
@@ -147,14 +148,12 @@ class ReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
         return torch.addcmul((self.bias - mean * scale).view(wide), h, scale.view(wide)).to(x.dtype)
 
 # %% ../../nbs/appendix/distributed.ipynb #3a5dd6fc
-@torch.no_grad()
-def _update(self, mean, variance, n):
+@patch
+def _update(self:ReducedBatchNorm, mean, variance, n):
     self.num_batches_tracked += 1
     self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
     unbiased = variance * (n / (n - 1))
     self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-
-ReducedBatchNorm._update = _update
 
 def reduce_batch_norm(model:nn.Module):
     "Turn every BatchNorm of a model into a `ReducedBatchNorm`, in place; weights keep their names."
