@@ -131,7 +131,9 @@ def gpu_environment(place:int) -> dict:
 def pool(self:LocalExecutor, place:int) -> ProcessPoolExecutor:
     "A pool with one process, which is spawned with the first task."
     threads = max(1, os.cpu_count() // self.jobs)
-    environment = {'CMLF_BF16': str(prefers_bf16())} | gpu_environment(place)
+    # notebooks that a process starts inherit the number of threads
+    environment = {'CMLF_BF16': str(prefers_bf16()), 'OMP_NUM_THREADS': str(threads)}
+    environment |= gpu_environment(place)
     return ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), _start_process,
                                (threads, environment))
 
