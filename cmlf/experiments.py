@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'MORE', 'EXPERT_TOKENS', 'Experiment', 'scores', 'more_scores', 'train_on', 'evaluate_on', 'measure_ce',
-           'measure', 'estimate']
+           'operations', 'matrix_rate', 'measure', 'estimate']
 
 # %% ../nbs/14_experiments.ipynb #c4b12658
 import os, time
@@ -16,14 +16,15 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from .appendix.distributed import from_first, processes, rank
 from .appendix.experts import (encoder_words, extract, load_expert, load_words,
                                    own_experts)
 from .baselines import CE, CESettings, ranger, train_ce
 from .config import COMPOSED, PATH_SETTINGS, Profile, expert_files
-from .core import (CmlfError, absolute, atomic_path, autocast, device, log, one_of, rng,
-                       seed_everything)
+from .core import (CmlfError, absolute, atomic_path, autocast, device, log, one_of, precision,
+                       rng, seed_everything)
 from .data import SPLITS, read_relevance
 from .encoders import DualEncoder, ResNet38, TextEncoder
 from .features import SAMPLE_RATE, LogMel, build_store
@@ -416,11 +417,29 @@ def _ce_step(use_ce, dim, words, experts):
         optimiser.step()
     return step
 
-# %% ../nbs/14_experiments.ipynb #cee0b6fa
+# %% ../nbs/14_experiments.ipynb #1c721693
 def _forward_backward(module, inputs, amp):
     with autocast(device(), amp): y = module(inputs)
     y.float().square().mean().backward()
 
+def operations(module, # an encoder
+               inputs, # a batch for it
+               amp:bool=True, # bf16, where it is faster
+              ) -> int:
+    "Operations of matrix products and convolutions in one forward and backward pass."
+    with FlopCounterMode(display=False) as counter: _forward_backward(module, inputs, amp)
+    return counter.get_total_flops()
+
+# %% ../nbs/14_experiments.ipynb #675abcb8
+def matrix_rate(amp:bool=True, # bf16, where it is faster
+               ) -> float: # operations per second
+    "The rate of a large matrix product on this device, in the precision of training."
+    n = 8192 if device().type == 'cuda' else 2048 # large enough to keep every unit busy
+    dtype = torch.bfloat16 if precision(amp) == 'bf16' else torch.float32
+    x, y = torch.randn(2, n, n, device=device()).to(dtype)
+    return 2 * n**3 / _seconds(lambda: x @ y)
+
+# %% ../nbs/14_experiments.ipynb #cee0b6fa
 def _forward(module, inputs, amp):
     with torch.no_grad(), autocast(device(), amp): module(inputs)
 
@@ -428,7 +447,7 @@ def measure(exp:Experiment,
             batch:int=4, # clips at a time
             words:int=16, # tokens of a caption
            ) -> dict:
-    "Seconds per clip or caption to train an encoder and to encode; the number of parameters."
+    "Seconds and operations per clip or caption, the matrix rate, the number of parameters."
     p, dev, amp = exp.profile, device(), exp.profile.optimiser.amp
     model = _plan_model(p).to(dev).train()
     frames = int(p.audio.seconds * SAMPLE_RATE) // p.audio.hop + 1
@@ -439,12 +458,14 @@ def measure(exp:Experiment,
     return dict(audio=time_of(_forward_backward, model.audio, x),
                 text=time_of(_forward_backward, model.text, tokens),
                 encode_audio=time_of(_forward, model.audio, x),
-                encode_text=time_of(_forward, model.text, tokens),
-                **measure_ce(p), parameters=sum(q.numel() for q in model.parameters()))
+                encode_text=time_of(_forward, model.text, tokens), **measure_ce(p),
+                audio_operations=operations(model.audio, x[:1], amp),
+                text_operations=operations(model.text, {k: v[:1] for k, v in tokens.items()}, amp),
+                matrix_rate=matrix_rate(amp), parameters=sum(q.numel() for q in model.parameters()))
 
 # %% ../nbs/14_experiments.ipynb #ae37c999
 def estimate(exp:Experiment, spec:RunSpec,
-             per:dict, # seconds, from `measure`
+             per:dict, # from `measure`
              sizes:dict, # {split: (clips, captions)}
             ) -> float: # hours
     "Estimated hours of a run; NaN for the experts of CE and MoEE, which are not timed."

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .config import COMPOSED
-from .core import CmlfError, device, log, one_of, write_text
+from .core import CmlfError, device, log, one_of, precision, write_text
 from .data import SPLITS
 from .experiments import (METRICS, MORE, Experiment, estimate, measure, more_scores,
                               scores)
@@ -139,6 +139,14 @@ def _resources(p, per, sizes): # one line of text
             f'forward and backward; {4 * weights + 1:.1f} GB of memory plus the batch, '
             f'{store + 12 * weights:.1f} GB of disk (log-mels {store:.1f})')
 
+def _efficiency(p, per): # one line of text
+    done = {side: per[f'{side}_operations'] / 1e9 for side in ('audio', 'text')} # GFLOP
+    rate, peak = {side: n / per[side] for side, n in done.items()}, per['matrix_rate'] / 1e9
+    return (f'{done["audio"]:.3g} GFLOP per clip, {done["text"]:.3g} per caption, computed at '
+            f'{rate["audio"]:.0f} and {rate["text"]:.0f} GFLOP/s: {rate["audio"] / peak:.0%} and '
+            f'{rate["text"] / peak:.0%} of a large matrix product in '
+            f'{precision(p.optimiser.amp)} ({peak:.0f} GFLOP/s)')
+
 def print_plan(exp:Experiment,
                numbers, # of tables
                seeds:int):
@@ -151,6 +159,7 @@ def print_plan(exp:Experiment,
         time = '' if stored else 'not timed' if np.isnan(hours) else f'{hours:.2f} h'
         print(f'{status:<7} {exp.profile.name} {spec.name:<40} {time}')
     print(f'estimated: {total:.1f} hours on {device().type}; {_resources(exp.profile, per, sizes)}')
+    print(f'operations: {_efficiency(exp.profile, per)}')
 
 # %% ../nbs/15_tables.ipynb #e1f5334c
 def _mean_scores(results, prefix=''): # one result per seed
