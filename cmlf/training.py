@@ -290,8 +290,12 @@ def fetch(self:Trainer,
          ) -> tuple:
     "(audio, text) of a batch on the device, for `DualEncoder.forward`."
     clips, captions = (torch.as_tensor(share(i)) for i in pair)
-    return tuple(to_device(x, self.dev)
-                 for x in (self.inputs.store[clips], self.inputs.tokens[captions]))
+    found = _rows(self.inputs.store, clips), _rows(self.inputs.tokens, captions)
+    return tuple(to_device(x, self.dev) for x in found)
+
+def _rows(inputs, i):
+    # cached outputs are on the device: with indices on the CPU, the host would wait for the copy
+    return inputs[to_device(i, inputs.device) if torch.is_tensor(inputs) else i]
 
 @patch
 def loss_of(self:Trainer, batch:tuple) -> torch.Tensor:
