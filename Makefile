@@ -10,7 +10,7 @@ SITE   := _site
 
 CAPTIONS ?= $(CMLF_AUDIOCAPS_CSV)
 
-.PHONY: tables field test lint lab rehearsal mining export notebooks site serve hooks constraints clean
+.PHONY: tables field test lint lab rehearsal mining gpu export notebooks site serve hooks constraints clean
 
 tables: .venv/installed
 	$(BIN)/cmlf reproduce --profile mini $(ARGS)
@@ -39,6 +39,11 @@ rehearsal: .venv/dev
 mining: .venv/dev
 	@test -n "$(CAPTIONS)" || { echo "make mining: say where the AudioCaps csv files are: make mining CAPTIONS=/path/to/csv_files" >&2; exit 2; }
 	$(BIN)/python benchmarks/mining.py --captions "$(CAPTIONS)"
+
+# training on a GPU: agreement with the CPU, clips per second; with EVENTS also the tables of `field`
+# (without a GPU: make gpu ARGS="--device cpu --small")
+gpu: .venv/dev
+	$(BIN)/python benchmarks/gpu.py --events "$(EVENTS)" $(ARGS)
 
 # after editing a notebook: write the modules, clean the notebooks
 export: .venv/dev
