@@ -39,10 +39,11 @@ SMALL = dict(width=4, seconds=1, head_hidden=64, joint_dim=32, batch_size=8, tex
 def random_bert(folder):
     "A BERT-base with random weights and the packaged vocabulary, saved in `folder`."
     from transformers import AutoTokenizer, BertConfig, BertModel
-    from cmlf.appendix.bert import packaged_minilm
+    from cmlf.appendix.bert import packaged_minilm, quiet
     if not (folder/'model.safetensors').exists():
-        AutoTokenizer.from_pretrained(packaged_minilm()).save_pretrained(folder)
-        BertModel(BertConfig(), add_pooling_layer=False).save_pretrained(folder)
+        with quiet():
+            AutoTokenizer.from_pretrained(packaged_minilm()).save_pretrained(folder)
+            BertModel(BertConfig(), add_pooling_layer=False).save_pretrained(folder)
     return str(folder)
 
 def profile_of(args):
