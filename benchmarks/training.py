@@ -12,7 +12,6 @@ The captions are those of AudioCaps if `--captions` or CMLF_AUDIOCAPS_CSV gives 
 Writes training.md, .csv, .json and .png to reports/benchmarks. `--parts mini` repeats one part.
 """
 import argparse, json, os, subprocess, sys, tempfile, time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import cmlf.encoders as encoders
 from cmlf.appendix.dropout import Dropout, dropout as own_dropout
 from cmlf.config import get_profile
-from cmlf.core import CmlfError, commit, device, log, machine, one_of, precision, read_json, rng, seed_everything, write_json, write_text
+from cmlf.core import CmlfError, commit, log, machine, one_of, precision, read_json, rng, seed_everything, write_json, write_text
 from cmlf.encoders import DualEncoder
-from cmlf.features import HOP, LogMel, SAMPLE_RATE, build_store, mel_filters
+from cmlf.features import LogMel, SAMPLE_RATE, build_store, mel_filters
 from cmlf.loss import nt_xent
 from cmlf.soundscapes import compose
 from cmlf.training import PairedSplit, Stage, Tokens, Trainer
@@ -255,7 +254,7 @@ def limit(size, folder):
         for _ in range(3):
             start = time.perf_counter(); step(); times.append((time.perf_counter() - start) / 8)
         floor = flops / found[f'{kind} {low}'] / 1e9 + moved / found['memory'] / 1e9
-        rows.append({'encoder': side, 'GFLOP': flops / 1e9, 'MB': moved / 1e6, f'floor, ms': 1e3 * floor, 'measured, ms': 1e3 * min(times),
+        rows.append({'encoder': side, 'GFLOP': flops / 1e9, 'MB': moved / 1e6, 'floor, ms': 1e3 * floor, 'measured, ms': 1e3 * min(times),
                      'over floor': min(times) / floor})
     return dict(precision=low, rates=found, rows=rows)
 
@@ -301,7 +300,7 @@ def page(found):
     titles = dict(mini='The profile `mini`', paper="The paper's size: width 64, 10 s, BERT-base")
     for size in ('paper', 'mini'):
         if f'ladder {size}' not in found: continue
-        l = found[f'ladder {size}']; last = l['rows'][-1]
+        l = found[f'ladder {size}']
         lines += [f'## {titles[size]}', '', f"Milliseconds per clip of a training step, {l['batch']} pairs a batch. Filling the cache of a frozen encoder is counted, "
                   'divided by the epochs of the profile. `ratio` compares clips per second over one epoch of each stage.', '',
                   md([{k: v * 1e3 if k.startswith('stage') else v for k, v in r.items()} for r in l['rows']], {'ratio': 2, 'clips per second': 2 if size == 'paper' else 1}), '']

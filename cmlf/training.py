@@ -90,7 +90,6 @@ class PairedSplit:
         if not isinstance(tokens, Tokens): tokens = tokens_of(corpus, tokens.text)
         return cls(store, tokens, np.asarray(corpus.owner), corpus.groups())
 
-# %% ../nbs/11_training.ipynb #40ddccea
 def tokens_of(corpus, # a `Corpus`
               text, # a text encoder
              ) -> Tokens:

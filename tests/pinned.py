@@ -18,8 +18,10 @@ PARTS = {   # name in RUN_VERSION -> {module: None, or names of the definitions 
     'soundscapes': {'soundscapes': None, 'events.toml': None, 'appendix/synthesis': None, 'appendix/recordings': None},
     'batches': {'batches': None},
     'mining': {'mining': None, 'appendix/neighbours': None, 'appendix/batch_search': None, 'appendix/bounds': None},
-    'encoders': {'encoders': None, 'appendix/bert': None, 'appendix/checkpoints': None, 'appendix/dropout': None},
-    'loss': {'loss': None}, 'metrics': {'metrics': None, 'appendix/cosines': None}, 'training': {'training': None},
+    'encoders': {'encoders': None, 'appendix/bert': None, 'appendix/checkpoints': None, 'appendix/dropout': None,
+                 'appendix/packing': None},
+    'loss': {'loss': None}, 'metrics': {'metrics': None, 'appendix/cosines': None}, 
+    'training': {'training': None, 'appendix/linear': None, 'appendix/loading': None, 'appendix/distributed': None},
     'baselines': {'baselines': None, 'appendix/experts': None},
     'reproduce': {'experiments': None, 'runs': _KEYS}}
 
