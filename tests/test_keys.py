@@ -40,7 +40,7 @@ def test_comments_and_docstrings_do_not_count():
 
 OTHER = dict(   # another valid value for each setting
     source='recordings', n_train=70, n_val=18, n_test=30, subset=8, corpus_seed=1, seconds=1.5, hop=800, width=8, head_hidden=48,
-    joint_dim=48, text_model='minilm', text_pool='cls', train_word_table=True, panns='FILE', dropout=0.3, block_dropout=0.3, spec_augment=False,
+    joint_dim=48, text_model='minilm', text_pool='cls', train_word_table=True, text_layers=1, text_frozen=1, panns='FILE', dropout=0.3, block_dropout=0.3, spec_augment=False,
     epochs=4, budget='per_stage', stage_split=(2, 1, 1), keep_start=False, batch_size=16, lr=1e-3, text_lr=1e-3, schedule='constant', lr_step=3,
     restart_schedule=False, clip_norm=0., tau=0.1, loss='triplet_max', hardest=3, amp=False, kinds=('hard', 'random', 'easy'), ancillary='text',
     remine=False, groups=False, freeze_head=True, pretrain_epochs=2, pretrain_scenes=80, pretrain_lr=1e-4, expert_features='audio=FILE,vggsound=FILE',
