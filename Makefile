@@ -10,7 +10,7 @@ SITE   := _site
 
 CAPTIONS ?= $(CMLF_AUDIOCAPS_CSV)
 
-.PHONY: tables field test lint lab rehearsal mining gpu export notebooks site serve hooks constraints clean
+.PHONY: tables field test lint lab rehearsal benchmarks mining gpu export notebooks site serve hooks constraints clean
 
 tables: .venv/installed
 	$(BIN)/cmlf reproduce --profile mini $(ARGS)
@@ -34,6 +34,12 @@ lab: .venv/lab
 rehearsal: .venv/dev
 	@test -n "$(CAPTIONS)" || { echo "make rehearsal: say where the AudioCaps csv files are: make rehearsal CAPTIONS=/path/to/csv_files" >&2; exit 2; }
 	$(BIN)/python benchmarks/rehearsal.py --captions "$(CAPTIONS)"
+
+# log-mels, training and evaluation against plain ways to do them
+benchmarks: .venv/dev
+	$(BIN)/python benchmarks/features.py --events "$(EVENTS)"
+	$(BIN)/python benchmarks/training.py --captions "$(CAPTIONS)"
+	$(BIN)/python benchmarks/evaluation.py
 
 # mining against its competitors, on the real captions
 mining: .venv/dev

@@ -310,7 +310,7 @@ PROFILES = {p.name: p for p in [
                    batch_size=8, pretrain_epochs=1, pretrain_scenes=64, expert_width=4,
                    expert_epochs=1, ce_epochs=2, ce_batch_size=16, ce_dim=32),
     _small.replace(name='mini', n_train=1600, n_val=150, n_test=250, width=8, epochs=4,
-                   stage_split=(1, 1, 1), lr=1e-3, text_lr=3e-4, text_frozen=4, pretrain_epochs=6,
+                   stage_split=(1, 1, 1), text_lr=3e-4, text_frozen=4, pretrain_epochs=6,
                    pretrain_scenes=600),
     _small.replace(name='field', source='recordings', n_train=2000, n_val=250, n_test=500,
                    subset=250, seconds=6.0, width=16, epochs=18, stage_split=(8, 4, 6),
