@@ -7,7 +7,7 @@ ranks, in both directions, or the script ends with an error. Every measurement r
 threads can be set and its peak memory measured. Writes evaluation.md, .csv, .json and .png to reports/benchmarks. `--parts
 methods` repeats one part; `--quick` is a trial with a smaller large set, which writes to runs/evaluation.
 """
-import argparse, json, os, resource, subprocess, sys, time
+import argparse, os, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 
 from cmlf.core import CmlfError, atomic_path, commit, log, machine, one_of, read_json, rng, write_json, write_text
 from cmlf.metrics import retrieval, retrieval_from_similarity
+from shared import answer, peak_gb, run_job, threads_of
 
 ROOT, D, CAPTIONS = Path(__file__).resolve().parent.parent, 1024, 5
 OURS = 'cmlf'
@@ -164,12 +165,6 @@ def ties(clips):
         raise CmlfError('ranks with ties differ from those of float64 brute force')
     return dict(clips=clips, queries=len(text) + clips, tied=int(sum((a % 1 == .5).sum() for a in truth)))
 
-def peak_gb():
-    "Peak memory of this process in GB."
-    status = Path('/proc/self/status') # getrusage would include memory of the parent process
-    if not status.exists(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return next(int(l.split()[1]) for l in status.read_text().splitlines() if l.startswith('VmHWM')) / 2**20
-
 def large(clips, sample=100):
     "Seconds and memory of a large test set; an error if a rank in a random sample is wrong."
     audio, text, owner = test_set(clips, 25.)
@@ -187,13 +182,7 @@ JOBS = {f.__name__: f for f in (methods, rates, ties, large)}
 def job(name, threads, **settings):
     "`JOBS[name](**settings)` in a new process."
     log(f'{name}, {threads} threads ...')
-    command = [sys.executable, __file__, '--job', json.dumps([name, settings])]
-    names = 'OMP_NUM_THREADS MKL_NUM_THREADS OPENBLAS_NUM_THREADS'.split()
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | dict.fromkeys(names, str(threads)))
-    if done.returncode: raise CmlfError(f'job {name} {settings} failed; its message is above')
-    return json.loads(done.stdout.splitlines()[-1])
-
-# ---- parts
+    return run_job(__file__, name, settings, threads_of(threads))
 
 def counts(): return sorted({1, os.cpu_count()})
 
@@ -328,9 +317,7 @@ def arguments():
 
 def main():
     args = arguments()
-    if args.job:
-        name, settings = json.loads(args.job)
-        return print(json.dumps(JOBS[name](**settings), default=float))
+    if args.job: return answer(args.job, JOBS)
     parts = [one_of(p, PARTS, 'part') for p in args.parts.split(',')]
     out = args.runs/'evaluation' if args.quick else ROOT/'reports'/'benchmarks'
     out.mkdir(parents=True, exist_ok=True)

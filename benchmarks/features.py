@@ -9,7 +9,7 @@ sounds are measured. Writes features.md, .csv, .json and .png to reports/benchma
 trial that writes to runs/features. It is an error if a value within 60 dB of the peak differs from
 the reference in double precision by 0.001 dB or more.
 """
-import argparse, json, math, os, subprocess, sys, tempfile, time
+import argparse, math, os, sys, tempfile, time
 from pathlib import Path
 
 import librosa
@@ -24,6 +24,7 @@ from cmlf.core import (CmlfError, Progress, atomic_path, commit, log, machine, r
 from cmlf.features import (AMIN, FMAX, FMIN, HOP, N_FFT, N_MELS, SAMPLE_RATE, LogMel, band_groups,
                            build_store, load_audio, mel_filters)
 from cmlf.soundscapes import compose
+from shared import answer, run_job, threads_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS, BATCHES, THREADS = 10, (1, 8, 32), (1, 2)
@@ -228,12 +229,7 @@ JOBS = {f.__name__: f for f in (transform, parity, limit, corpora)}
 def job(name, threads, quick, events):
     "`JOBS[name]` in a new process with this number of threads."
     log(f'{name}, threads: {threads} ...')
-    what = json.dumps([name, dict(threads=threads, quick=quick, events=events)])
-    env = os.environ | {k: str(threads) for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS')}
-    done = subprocess.run([sys.executable, __file__, '--job', what], stdout=subprocess.PIPE,
-                          text=True, env=env)
-    if done.returncode: raise CmlfError(f'job {name} failed; its message is above')
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_job(__file__, name, dict(threads=threads, quick=quick, events=events), threads_of(threads))
 
 # ---- report
 
@@ -373,9 +369,7 @@ def arguments():
 
 def main():
     args = arguments()
-    if args.job:
-        name, settings = json.loads(args.job)
-        return print(json.dumps(JOBS[name](**settings), default=float))
+    if args.job: return answer(args.job, JOBS)
     cores = sorted({*THREADS, os.cpu_count()} if os.cpu_count() > 1 else {1})
     kw = dict(quick=args.quick, events=args.events)
     found = dict(machine=machine(), commit=commit(), parity=job('parity', 1, **kw))

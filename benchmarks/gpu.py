@@ -27,6 +27,7 @@ from cmlf.experiments import matrix_rate
 from cmlf.features import SAMPLE_RATE
 from cmlf.loss import get_loss
 from cmlf.training import PairedSplit, Stage, Tokens, Trainer
+from shared import peak_gb, random_bert
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-4
@@ -35,16 +36,6 @@ STAGES = [Stage('random', which, 1) for which in ('audio', 'text', 'both')]
 SMALL = dict(width=4, seconds=1, head_hidden=64, joint_dim=32, batch_size=8, text_model='tiny')
 
 # ---- inputs
-
-def random_bert(folder):
-    "A BERT-base with random weights and the packaged vocabulary, saved in `folder`."
-    from transformers import AutoTokenizer, BertConfig, BertModel
-    from cmlf.appendix.bert import packaged_minilm, quiet
-    if not (folder/'model.safetensors').exists():
-        with quiet():
-            AutoTokenizer.from_pretrained(packaged_minilm()).save_pretrained(folder)
-            BertModel(BertConfig(), add_pooling_layer=False).save_pretrained(folder)
-    return str(folder)
 
 def profile_of(args):
     "The settings of the paper, or those of a tiny model."
@@ -141,12 +132,6 @@ def agreement(p, args):
 # ---- steps: clips per second
 
 def first_line(e): return (str(e).splitlines() or [''])[0]
-
-def peak_gb():
-    "Peak memory of the GPU in GB; on a CPU, of this process."
-    if device().type == 'cuda': return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 def operations_of(trainer):
     "Operations of matrix products and convolutions in one step, per clip."

@@ -7,7 +7,7 @@ captions. Every line of the tables is computed in a new process, so that its pea
 measured. Writes mining.md, .csv, .json and .png to reports/benchmarks. `--parts growth` repeats one
 part; `--vectors 8000` is a quick trial with few captions, which writes to runs/mining.
 """
-import argparse, json, os, resource, subprocess, sys, time
+import argparse, os, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from cmlf.batches import (Task, easy_bound, mean_similarity, mine_random, random
                           unit_vectors, weight_function)
 from cmlf.core import (CmlfError, Progress, atomic_path, commit, content_hash, device, has_bf16, log,
                        machine, one_of, prefers_bf16, read_json, rng, write_json, write_text)
+from shared import answer, peak_gb, run_job
 
 ROOT, B = Path(__file__).resolve().parent.parent, 32
 OURS, SIZES = 'cmlf', (10_000, 100_000, 1_000_000)
@@ -99,14 +100,6 @@ METHODS = {'greedy: anchor + 31': greedy, 'reverse Cuthill-McKee (GCBS)': cuthil
 def load(path):
     x = torch.from_numpy(np.load(path)).to(device())
     return unit_vectors(x)
-
-def peak_gb():
-    "Peak memory of this process in GB; on a GPU, of the GPU."
-    if device().type == 'cuda': return torch.cuda.max_memory_allocated() / 2**30
-    status = Path('/proc/self/status') # getrusage would include memory of the parent process
-    if not status.exists(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    lines = status.read_text().splitlines()
-    return next(int(l.split()[1]) for l in lines if l.startswith('VmHWM')) / 2**20
 
 def compare(vectors, method, kind, effort):
     "One line of the comparison: cosine, seconds, peak memory."
@@ -202,11 +195,7 @@ def job(name, env=None, **settings):
     "`JOBS[name](**settings)` in a new process, with environment variables `env`."
     given = [str(v) for k, v in settings.items() if k not in ('vectors', 'labels')]
     log(' '.join([name, *given, '...']))
-    began, what = time.perf_counter(), json.dumps([name, settings])
-    command = [sys.executable, __file__, '--job', what]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | (env or {}))
-    if done.returncode: raise CmlfError(f'job {name} {settings} failed; its message is above')
-    result = json.loads(done.stdout.splitlines()[-1])
+    began, result = time.perf_counter(), run_job(__file__, name, settings, env)
     if isinstance(result, dict) and 'cosine' in result:
         log('    {cosine:.4f}, {seconds:.1f} s, {peak_gb:.2f} GB'.format(**result))
     log(f'    ({time.perf_counter() - began:.0f} s)')
@@ -441,9 +430,7 @@ def arguments():
 
 def main():
     args = arguments()
-    if args.job:
-        name, settings = json.loads(args.job)
-        return print(json.dumps(JOBS[name](**settings), default=float))
+    if args.job: return answer(args.job, JOBS)
     if not args.captions:
         raise CmlfError('no captions: give the folder of the AudioCaps csv files by --captions '
                         'or CMLF_AUDIOCAPS_CSV')

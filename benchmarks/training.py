@@ -11,24 +11,25 @@ dropout; if they differ by more than 1e-4, the script ends with an error.
 The captions are those of AudioCaps if `--captions` or CMLF_AUDIOCAPS_CSV gives its csv files, else of the synthesised corpus.
 Writes training.md, .csv, .json and .png to reports/benchmarks. `--parts mini` repeats one part.
 """
-import argparse, json, os, subprocess, sys, tempfile, time
+import argparse, os, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import cmlf.encoders as encoders
 from cmlf.appendix.dropout import Dropout, dropout as own_dropout
 from cmlf.config import get_profile
 from cmlf.core import CmlfError, commit, log, machine, one_of, precision, read_json, rng, seed_everything, write_json, write_text
 from cmlf.encoders import DualEncoder
+from cmlf.experiments import operations
 from cmlf.features import LogMel, SAMPLE_RATE, build_store, mel_filters
 from cmlf.loss import nt_xent
 from cmlf.soundscapes import compose
 from cmlf.training import PairedSplit, Stage, Tokens, Trainer
+from shared import answer, random_bert, run_job
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = Stage('random', 'audio', 1), Stage('random', 'text', 1), Stage('random', 'both', 1)
@@ -39,21 +40,12 @@ STEPS = ['plain loop', '+ stored log-mels', '+ cached frozen encoder', '+ packed
 
 def profile_of(size):
     if size == 'mini': return get_profile('mini')
-    return get_profile('audiocaps', dict(text_model='tiny', spec_augment=True))
+    return get_profile('audiocaps', dict(text_model=random_bert(ROOT/'runs'/'benchmarks'/'random-bert-base')))
 
-def new_model(p, size):
-    "The model of a size; the same weights at every call."
+def new_model(p):
+    "The model of a profile; the same weights at every call."
     seed_everything(0)
-    model = DualEncoder.from_profile(p)
-    if size == 'paper':
-        from transformers import BertConfig, BertModel
-        model.text.model = BertModel(BertConfig(), add_pooling_layer=False)
-        for m in list(model.text.model.modules()):
-            for name, child in m.named_children():
-                if type(child) is nn.Dropout: setattr(m, name, Dropout(p.audio.dropout))
-        model.text_head[0], model.text.n_out = nn.Linear(768, p.joint.head_hidden), 768
-        model._trainable = frozenset(n for n, q in model.named_parameters() if q.requires_grad)
-    return model
+    return DualEncoder.from_profile(p)
 
 def captions_of(folder, n):
     if not folder: return compose(get_profile('mini', dict(n_train=n))).split('train').captions[:n]
@@ -145,10 +137,10 @@ class Ours:
         model.to(memory_format=torch.channels_last)
         p = p.replace(schedule='constant', text_lr=p.optimiser.lr)
         self.trainer = Trainer(model, data.pairs, data.pairs, p, list(STAGES), log=lambda line: None)
-        self.trainer.val = self.trainer.scored = None
+        self.trainer.val = None # nothing is scored here
 
     def start(self, stage):
-        self.trainer.stage, self.trainer.val = STAGES.index(stage), None
+        self.trainer.stage = STAGES.index(stage)
         self.trainer.start_stage()
 
     def step(self, clips): return float(self.trainer.step(self.trainer.fetch((clips, clips)), 0.))
@@ -163,7 +155,7 @@ def agreement(size, folder, batch=8, steps=2):
     p = profile_of(size).replace(lr=1e-5, dropout=0, block_dropout=0, spec_augment=False, amp=False, text_frozen=0, batch_size=batch)
     losses = []
     for level in (0, len(STEPS) - 1):
-        model = new_model(p, size)
+        model = new_model(p)
         data = Data(p, model, batch * steps, folder)
         run = loop(p, model, data, level)
         losses.append([])
@@ -177,7 +169,7 @@ def agreement(size, folder, batch=8, steps=2):
 def times_of(p, size, folder, level, batch, repeat):
     "Seconds per clip of a step of each stage, with its share of filling the cache."
     p = p.replace(batch_size=batch)
-    model = new_model(p, size)
+    model = new_model(p)
     data = Data(p, model, batch, folder)
     run, clips, found = loop(p, model, data, level), np.arange(batch), []
     for stage in STAGES:
@@ -243,19 +235,18 @@ def elements(module, x):
 def limit(size, folder):
     "Operations and bytes of a step of stage 3 for one clip, against the rates of the machine."
     p, found = profile_of(size).replace(text_frozen=0), rates()
-    model = new_model(p, size); data = Data(p, model, 8, folder)
+    model = new_model(p); data = Data(p, model, 8, folder)
     low = precision(p.optimiser.amp)
     inputs = dict(audio=data.pairs.store[np.arange(8)], text=data.pairs.tokens[np.arange(8)])
     rows = []
     for side, kind in dict(audio='convolution', text='matrix').items():
         module = getattr(model, side).train()
-        with FlopCounterMode(display=False) as counter: module(inputs[side]).square().mean().backward()
-        flops = counter.get_total_flops() / 8
+        flops = operations(module, inputs[side], p.optimiser.amp) / 8
         size_of = 2 if low == 'bf16' else 4
         moved = 3 * 2 * elements(module, inputs[side]) / 8 * size_of # read and written; backward as twice the forward pass
+        x = inputs[side]
         def step():
             with torch.autocast('cpu', torch.bfloat16, enabled=low == 'bf16'): module(x).square().mean().backward()
-        x = inputs[side]
         step(); times = []
         for _ in range(3):
             start = time.perf_counter(); step(); times.append((time.perf_counter() - start) / 8)
@@ -267,7 +258,7 @@ def limit(size, folder):
 def compiled(size):
     "torch.compile of the audio encoder: seconds to compile, and a step against the one without."
     p = profile_of(size)
-    encoder = new_model(p, size).audio.train()
+    encoder = new_model(p).audio.train()
     frames = int(p.audio.seconds * SAMPLE_RATE) // p.audio.hop + 1
     x, low = torch.randn(32 if size == 'mini' else 8, frames, 64), precision(p.optimiser.amp) == 'bf16'
     def seconds(module):
@@ -292,6 +283,8 @@ PARTS = {f'{what} {size}': (f, size) for size in ('mini', 'paper') for what, f i
 def run_part(name, folder, quick):
     f, size = PARTS[name]
     return f(size, *{agreement: (folder,), ladder: (folder, quick), limit: (folder,), total: (folder,), compiled: ()}[f])
+
+JOBS = dict(part=run_part)
 
 # ---- the report
 
@@ -350,21 +343,19 @@ def main():
     parser.add_argument('--quick', action='store_true', help='8 clips a batch at the paper size')
     parser.add_argument('--job', default='', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.job: return print('\n' + json.dumps(run_part(args.job, args.captions, args.quick)))
+    if args.job: return answer(args.job, JOBS)
     names = [one_of(n.strip(), PARTS, 'part') for n in args.parts.split(',')] if args.parts else list(PARTS)
     path = args.out/'training.json'
     found = read_json(path) if path.exists() and args.parts else {}
     for name in names: # each in a new process: no memory and no changed module is left over
         log(name)
-        command = [sys.executable, __file__, '--job', name, '--captions', args.captions, *['--quick'] * args.quick]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode: raise CmlfError(f'part {name} failed')
-        found[name] = json.loads(done.stdout.strip().splitlines()[-1])
+        found[name] = run_job(__file__, 'part', dict(name=name, folder=args.captions, quick=args.quick))
     found |= dict(machine=machine(), commit=commit())
     write_json(path, found)
     rows = [dict(size=s, **r) for s in ('paper', 'mini') if f'ladder {s}' in found for r in found[f'ladder {s}']['rows']]
-    write_text(args.out/'training.csv', pd.DataFrame(rows).to_csv(index=False))
-    picture(found, args.out/'training.png')
+    if rows: # some parts alone have no ladder
+        write_text(args.out/'training.csv', pd.DataFrame(rows).to_csv(index=False))
+        picture(found, args.out/'training.png')
     write_text(args.out/'training.md', page(found))
     print(page(found))
 
