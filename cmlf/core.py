@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'CmlfError', 'one_of', 'as_bool', 'rng', 'seed_everything', 'atomic_path', 'write_text', 'absolute',
            'write_json', 'read_json', 'read_npy', 'content_hash', 'file_hash', 'cache_folder', 'cached', 'path_hash',
-           'versions', 'commit', 'committed', 'device', 'has_bf16', 'bf16_speed', 'prefers_bf16', 'precision',
-           'autocast', 'machine', 'has_kernel', 'Progress', 'log']
+           'versions', 'commit', 'committed', 'device', 'has_bf16', 'measured_once', 'bf16_speed', 'prefers_bf16',
+           'precision', 'autocast', 'machine', 'has_kernel', 'Progress', 'log']
 
 # %% ../nbs/00_core.ipynb #fe28b0fd
 import contextlib, difflib, functools, hashlib, json, os, platform, random
@@ -230,12 +230,18 @@ def _measure_bf16():
     float32, bf16 = np.min(times[1:], axis=0) # the first call includes one-time work
     return round(float(float32 / bf16), 2)
 
-@functools.lru_cache
-def bf16_speed() -> float:
-    "Speed of bf16 relative to float32 on this CPU, measured once per machine."
+def measured_once(measure, # function without arguments that returns a number
+                  *name, # of the measurement, if there are several
+                 ) -> float:
+    "The value of `measure()` on this CPU, measured once per machine and version of PyTorch."
     import torch
     cpu = {k: v for k, v in torch.cpu.get_capabilities().items() if v is True or k == 'cpu_name'}
-    return cached('precision.json', content_hash(cpu, torch.__version__), _measure_bf16)
+    return cached('precision.json', content_hash(*name, cpu, torch.__version__), measure)
+
+@functools.lru_cache
+def bf16_speed() -> float:
+    "Speed of bf16 relative to float32 on this CPU."
+    return measured_once(_measure_bf16)
 
 # %% ../nbs/00_core.ipynb #fd3e7d52
 def prefers_bf16(dev=None) -> bool:

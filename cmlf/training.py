@@ -22,7 +22,7 @@ from .appendix.bert import frozen_layers
 from .appendix.distributed import (agree, average_gradients, check_batch_size, from_first,
                                        gather, only_first, rank, share, share_of, spread)
 from .appendix.linear import fast_linear
-from .appendix.loading import ahead, for_device, to_device
+from .appendix.loading import ahead, for_device, take, to_device
 from .appendix.packing import States, real_positions
 from .config import Profile
 from .core import (CmlfError, atomic_path, autocast, content_hash, device, log, precision, rng,
@@ -116,7 +116,7 @@ def encode(module, # an encoder, or an encoder with its head
     if was_training: module.eval()
     lengths, out = getattr(inputs, 'lengths', None), []
     order = np.arange(k) if lengths is None else np.argsort(lengths.numpy(), kind='stable')
-    fetch = lambda start: to_device(inputs[order[start:start + batch]], dev)
+    fetch = lambda start: to_device(take(inputs, order[start:start + batch]), dev)
     for x in ahead(fetch, range(0, k, batch), 2 * (dev.type == 'cuda')):
         with _as_for_scoring(amp, dev): out.append(module(x).float())
     if was_training: module.train()
@@ -289,12 +289,8 @@ def fetch(self:Trainer,
          ) -> tuple:
     "(audio, text) of a batch on the device, for `DualEncoder.forward`."
     clips, captions = (torch.as_tensor(share(i)) for i in pair)
-    found = _rows(self.inputs.store, clips), _rows(self.inputs.tokens, captions)
+    found = take(self.inputs.store, clips), take(self.inputs.tokens, captions)
     return tuple(to_device(x, self.dev) for x in found)
-
-def _rows(inputs, i):
-    # cached outputs are on the device: with indices on the CPU, the host would wait for the copy
-    return inputs[to_device(i, inputs.device) if torch.is_tensor(inputs) else i]
 
 @patch
 def loss_of(self:Trainer, batch:tuple) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as nnf
 from torch.overrides import TorchFunctionMode
 
-from ..core import cached, content_hash
+from ..core import measured_once
 
 # %% ../../nbs/appendix/linear.ipynb #1c8fda15
 def _onednn_linear(x, weight, bias=None):
@@ -37,9 +37,7 @@ def _measure() -> float:
 @functools.lru_cache
 def onednn_speed() -> float:
     "Speed of oneDNN's linear layer in float32, relative to PyTorch's own; 0 where it is missing."
-    if not _has_onednn(): return 0.
-    cpu = {k: v for k, v in torch.cpu.get_capabilities().items() if v is True or k == 'cpu_name'}
-    return cached('precision.json', content_hash('linear', cpu, torch.__version__), _measure)
+    return measured_once(_measure, 'linear') if _has_onednn() else 0.
 
 # %% ../../nbs/appendix/linear.ipynb #0e07978c
 class _OneDNN(TorchFunctionMode):

@@ -9,7 +9,7 @@ __all__ = ['real_positions', 'to_padded', 'lower_states', 'last_states', 'States
 import torch
 
 from .dropout import dropout
-from .loading import to_device
+from .loading import take, to_device
 
 # %% ../../nbs/appendix/packing.ipynb #35776357
 def real_positions(mask, # (B, L) 1 for tokens, 0 for padding
@@ -105,4 +105,4 @@ class States:
         batch = self.tokens[i]
         mask = batch['attention_mask']
         rows = (self.start[i][:, None] + torch.arange(mask.shape[1]))[mask > 0]
-        return batch | dict(states=self.states[to_device(rows, self.states.device)])
+        return batch | dict(states=take(self.states, rows))
