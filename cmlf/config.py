@@ -133,6 +133,10 @@ class BatchConfig(Settings):
     ancillary:str = setting('both', choices=('audio', 'text', 'both')) # embeddings to mine from
     remine:bool = True # new batches of equal quality in every epoch; False: mined once
     groups:bool = True # clips with the same meaning never share a batch; paper: False
+    neighbours:int = 0 # pairs in one group of a hard batch; 0: the whole batch, as in the paper
+    skip:int = 0 # the nearest neighbours of a pair that do not share its group; paper: 0
+    mined_share:float = setting(1., positive=True) # of the batches in a mined epoch; others: random
+    drop:str = setting('mined', choices=('mined', 'random')) # who chooses the N mod B dropped pairs
 
     def check(self):
         if len(self.kinds) != 3:
@@ -140,9 +144,16 @@ class BatchConfig(Settings):
         if self.batch_size < 2:
             raise CmlfError(f'setting batch_size={self.batch_size} should be at least 2: each pair '
                             'needs another pair as its negative')
+        if self.neighbours < 0 or self.batch_size % max(1, self.neighbours):
+            raise CmlfError(f'setting neighbours={self.neighbours} should divide '
+                            f'batch_size={self.batch_size}, or be 0')
+        if self.skip < 0: raise CmlfError(f'setting skip={self.skip} should be 0 or more')
+        if self.mined_share > 1:
+            raise CmlfError(f'setting mined_share={self.mined_share} should be at most 1')
 
 # %% ../nbs/01_config.ipynb #a18f72ba
-LOSSES = 'nt_xent', 'nt_xent_hardest', 'triplet_max'
+LOSSES = ('nt_xent', 'nt_xent_hardest', 'nt_xent_masked', 'nt_xent_weighted', 'nt_xent_soft',
+          'triplet_max')
 
 @dataclass(frozen=True)
 class OptimiserConfig(Settings):
@@ -153,8 +164,12 @@ class OptimiserConfig(Settings):
     lr_step:int = setting(20, positive=True) # 'step': divide by ten every 20 epochs of a joint run
     clip_norm:float = 2.0 # largest gradient norm, as in the baseline; 0: off
     tau:float = setting(0.07, positive=True) # temperature of Eq. 4
-    loss:str = setting('nt_xent', choices=LOSSES) # Eq. 4, or hard negatives of the batch
+    loss:str = setting('nt_xent', choices=LOSSES) # Eq. 4, or another treatment of hard negatives
+    loss_in:str = setting('all', choices=('all', 'last')) # stages that use it; the others: Eq. 4
     hardest:int = 8  # 'nt_xent_hardest': negatives kept per row
+    above:float = 0.1  # 'nt_xent_masked': a negative above its positive by more is left out
+    beta:float = 0.15  # 'nt_xent_weighted': how much more hard negatives weigh
+    soft:float = 0.3   # 'nt_xent_soft': share of the target from the model that the stage starts from
     amp:bool = True  # bf16 autocast where it is faster
 
 # %% ../nbs/01_config.ipynb #eb9114b2
@@ -196,6 +211,10 @@ class CurriculumConfig(Settings):
     keep_start:bool = True # if no epoch is better, a stage returns its initial model; paper: False
     restart_schedule:bool = True # each stage restarts the learning rate schedule
     freeze_head:bool = False # whether the projection head of a frozen encoder is frozen too
+    frozen_mode:str = setting('eval', choices=('eval', 'train')) # of a frozen encoder: dropout or not
+    last_rate:float = setting(1., positive=True) # of both learning rates in the last of three stages
+    last_norm:str = setting('train', choices=('train', 'eval')) # BatchNorm in that stage: statistics
+    # of the batch, as in the paper, or those that the stage starts with
 
     def check(self):
         if len(self.stage_split) != 3 or min(self.stage_split) < 1:

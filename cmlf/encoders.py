@@ -21,6 +21,7 @@ from .appendix.bert import (
 from .appendix.checkpoints import (
     check_files, check_settings, mismatch, panns_weights, read_settings)
 from .appendix.dropout import dropout, swap_dropout
+from .appendix.narrow import conv3x3
 from .appendix.packing import last_states
 from .config import Profile
 from .core import CmlfError, atomic_path, file_hash, one_of, write_json
@@ -49,8 +50,8 @@ class ConvBlock(nn.Module):
         self.pool = pool
 
     def forward(self, x:torch.Tensor) -> torch.Tensor:
-        x = nnf.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = nnf.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = nnf.relu(self.bn1(conv3x3(x, self.conv1)), inplace=True)
+        x = nnf.relu(self.bn2(conv3x3(x, self.conv2)), inplace=True)
         return x if self.pool == 1 else nnf.avg_pool2d(x, self.pool)
 
 # %% ../nbs/08_encoders.ipynb #59e91bc9
@@ -254,7 +255,8 @@ class DualEncoder(nn.Module):
         self.audio, self.text = audio, text
         self.audio_head = ProjectionHead(audio.n_out, head_hidden, joint_dim)
         self.text_head = ProjectionHead(text.n_out, head_hidden, joint_dim)
-        self.frozen = ()  # names of the parts that `train_only` froze
+        self.frozen = self.in_eval = ()  # parts that `train_only` froze, and keeps in eval mode
+        self.norm_in_eval = False  # whether BatchNorm of the audio encoder is kept in eval mode
         self._trainable = frozenset(n for n, p in self.named_parameters() if p.requires_grad)
 
     @classmethod
@@ -283,11 +285,14 @@ class DualEncoder(nn.Module):
 @patch
 def train_only(self:DualEncoder, which:str='both', # 'audio', 'text' or 'both'
                freeze_head:bool=False, # whether the other side's head is frozen as well
+               frozen_eval:bool=True, # whether what is frozen is in eval mode
+               norm_eval:bool=False, # whether BatchNorm of the audio encoder is in eval mode
               ) -> DualEncoder:
     "Set training mode, but freeze the other encoder: no gradients, eval mode (II-E)."
     others = dict(audio='text', text='audio', both='')
     other = others[one_of(which, others, 'side to train')]
     self.frozen = (other, f'{other}_head')[:1 + freeze_head] if other else ()
+    self.in_eval, self.norm_in_eval = self.frozen if frozen_eval else (), norm_eval
     for name, p in self.named_parameters():
         p.requires_grad_(name in self._trainable and name.split('.')[0] not in self.frozen)
         if not p.requires_grad: p.grad = None
@@ -298,7 +303,10 @@ def train_only(self:DualEncoder, which:str='both', # 'audio', 'text' or 'both'
 def train(self:DualEncoder, mode:bool=True) -> DualEncoder:
     "As in any module, but the parts that `train_only` froze stay in eval mode."
     nn.Module.train(self, mode)
-    for name in self.frozen: getattr(self, name).eval()
+    for name in self.in_eval: getattr(self, name).eval()
+    if self.norm_in_eval:
+        for m in self.audio.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
     return self
 
 # %% ../nbs/08_encoders.ipynb #84683853

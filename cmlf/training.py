@@ -39,6 +39,7 @@ class Stage:
     kind:str       # 'easy', 'random', 'median' or 'hard'
     trainable:str  # 'audio', 'text' or 'both'; the other encoder is frozen
     epochs:int
+    last:bool = False # the third of three: some settings count only there
 
 def joint_stages(profile:Profile) -> list:
     "The baseline: both encoders are trained on random batches from the start."
@@ -50,7 +51,7 @@ def curriculum_stages(profile:Profile, # its `batches.kinds` and `curriculum`
                      ) -> list:
     "3CMLF's three stages (II-E)."
     kinds = profile.batches.kinds if chm else ('random',) * 3
-    return [Stage(kind, trainable, n) for kind, trainable, n
+    return [Stage(kind, trainable, n, trainable == 'both') for kind, trainable, n
             in zip(kinds, ('audio', 'text', 'both'), profile.curriculum.stage_epochs)]
 
 # %% ../nbs/11_training.ipynb #27920007
@@ -233,15 +234,16 @@ class Trainer:
                  test:PairedSplit=None, # embedded at the end of every stage, if given
                  checkpoint=None, # file to write between epochs, and to resume from
                  save_every:float=30., # seconds between checkpoints
+                 first:int=0, # stages before this one are not trained: `model` comes from them
                  log=log): # called with one line per epoch
         self.stages, self.seed, self.vectors, self.log = stages, seed, vectors, only_first(log)
-        self.dev, self.stage, self.epoch = device(), 0, 0
+        self.dev, self.stage, self.epoch = device(), first, 0
         self.model, self.profile = model, profile
         self.train, self.val, self.test = (
             pairs and replace(pairs, store=for_device(pairs.store, self.dev))
             for pairs in (train, val, test))
         self.history, self.stage_outputs, self.best = [], [], dict(val=-1.0)
-        self.optimiser = self.loss = None
+        self.optimiser = self.loss = self.teacher = None
         self.precision = precision(profile.optimiser.amp, self.dev)
         plan = repr((stages, seed, profile, len(train)))
         self.checkpoint = Checkpoint(checkpoint, plan, save_every)
@@ -270,13 +272,15 @@ _STAGE_STRIDE = 1_000_000 # larger than the number of epochs of any stage
 @patch
 def batches(self:Trainer) -> np.ndarray:
     "(M, B) the batches of this epoch, in random order."
-    s, p = self.stages[self.stage], self.profile
+    s, p = self.stages[self.stage], self.profile.batches
     # random batches depend on the number of vectors, not on their values
     vectors = self.vectors if s.kind != 'random' else np.ones((len(self.train), 1), np.float32)
-    epoch = self.epoch if p.batches.remine or s.kind == 'random' else 0
-    found = mine(vectors, p.batches.batch_size, s.kind, seed=self.seed,
+    epoch = self.epoch if p.remine or s.kind == 'random' else 0
+    mixture = dict(neighbours=p.neighbours, skip=p.skip) if s.kind == 'hard' else {}
+    if s.kind != 'random': mixture |= dict(share=p.mined_share, drop=p.drop)
+    found = mine(vectors, p.batch_size, s.kind, seed=self.seed,
                  epoch=_STAGE_STRIDE * self.stage + epoch,
-                 groups=self.train.groups if p.batches.groups else None)
+                 groups=self.train.groups if p.groups else None, **mixture)
     if found.spread and not self.epoch and not self.stage:
         self.log(f'{found.spread} groups of clips with the same meaning have more members than '
                  f'there are batches ({len(found.batches)}): they are spread as evenly as possible')
@@ -287,16 +291,23 @@ def batches(self:Trainer) -> np.ndarray:
 def fetch(self:Trainer,
           pair, # (clips, captions), (B,) indices of both
          ) -> tuple:
-    "(audio, text) of a batch on the device, for `DualEncoder.forward`."
+    "(audio, text) of a batch on the device, and the similarities of the teacher if there is one."
     clips, captions = (torch.as_tensor(share(i)) for i in pair)
     found = take(self.inputs.store, clips), take(self.inputs.tokens, captions)
-    return tuple(to_device(x, self.dev) for x in found)
+    return tuple(to_device(x, self.dev) for x in found) + self.taught(*pair)
+
+@patch
+def taught(self:Trainer, clips, captions) -> tuple:
+    "The similarities (B, B) that the model had at the start of the stage, for soft targets."
+    if self.teacher is None: return ()
+    audio, text = self.teacher
+    return (audio[torch.as_tensor(clips)] @ text[torch.as_tensor(captions)].T).to(self.dev),
 
 @patch
 def loss_of(self:Trainer, batch:tuple) -> torch.Tensor:
     "The loss of a batch, a scalar."
-    with autocast(self.dev, self.profile.optimiser.amp): x, y = self.model(batch)
-    return self.loss(gather(x), gather(y))
+    with autocast(self.dev, self.profile.optimiser.amp): x, y = self.model(batch[:2])
+    return self.loss(gather(x), gather(y), *batch[2:])
 
 # %% ../nbs/11_training.ipynb #e5f67bbf
 @patch
@@ -362,19 +373,32 @@ def fix(self:Trainer) -> str:
 @patch
 def start_stage(self:Trainer):
     "Freeze an encoder and cache its outputs, if the stage trains only one; make a new optimiser."
-    s, p, m = self.stages[self.stage], self.profile.optimiser, self.model
-    m.train_only(s.trainable, freeze_head=self.profile.curriculum.freeze_head)
-    self.loss = get_loss(p.loss, tau=p.tau, k=p.hardest) # Eq. 4, unless claim C6 is tested
-    self.inputs = frozen_view(m, self.train, s.trainable, p.amp, self.dev)
+    s, p, c, m = self.stages[self.stage], self.profile.optimiser, self.profile.curriculum, self.model
+    still = s.trainable == 'both' or c.frozen_mode == 'eval' # then outputs can be cached
+    m.train_only(s.trainable, c.freeze_head, still, s.last and c.last_norm == 'eval')
+    view = partial(frozen_view, m, trainable=s.trainable if still else 'both', dev=self.dev)
+    self.inputs = view(self.train, amp=p.amp)
     # scores are computed in float32
-    self.scored = {name: frozen_view(m, pairs, s.trainable, False, self.dev)
+    self.scored = {name: view(pairs, amp=False)
                    for name, pairs in dict(val=self.val, test=self.test).items() if pairs}
+    self.set_loss()
     text = [q for q in m.text.parameters() if q.requires_grad]
     other = [q for n, q in m.named_parameters()
              if q.requires_grad and not n.startswith('text.')]
-    groups = [dict(params=ps, lr=lr, peak=lr)
+    rate = c.last_rate if s.last else 1
+    groups = [dict(params=ps, lr=lr, peak=lr * rate)
               for ps, lr in ((other, p.lr), (text, p.text_lr)) if ps]
     self.optimiser = torch.optim.Adam(groups, fused=True)
+
+@patch
+def set_loss(self:Trainer):
+    "The loss of the stage; for soft targets, also what the model thinks at its start."
+    s, p = self.stages[self.stage], self.profile.optimiser
+    name = p.loss if p.loss_in == 'all' or s.last else 'nt_xent'
+    self.loss = get_loss(name, tau=p.tau, k=p.hardest, above=p.above, beta=p.beta, soft=p.soft)
+    if name == 'nt_xent_soft' and self.teacher is None:
+        pair = embed(self.model, frozen_view(self.model, self.train, s.trainable, False, self.dev))
+        self.teacher = tuple(nn.functional.normalize(x) for x in pair)
 
 # %% ../nbs/11_training.ipynb #e97712d8
 @patch
@@ -419,6 +443,7 @@ def end_stage(self:Trainer):
     if test: end['audio'], end['text'] = embed(self.model, test, dev=self.dev)
     self.stage_outputs.append(end)
     self.stage, self.epoch, self.best = self.stage + 1, 0, dict(val=-1.0)
+    self.teacher = None
 
 # %% ../nbs/11_training.ipynb #840d99ef
 @patch
@@ -467,7 +492,7 @@ def record(self:Trainer, loss:float,
              f"val {scores['val']:.1f}, {seconds:.0f} s")
 
 # %% ../nbs/11_training.ipynb #408f3db4
-_STATE = 'best', 'stage_outputs', 'stage', 'epoch', 'history', 'precision'
+_STATE = 'best', 'stage_outputs', 'stage', 'epoch', 'history', 'precision', 'teacher'
 
 @patch
 def save(self:Trainer):

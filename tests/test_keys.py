@@ -26,7 +26,8 @@ def test_changed_code_has_a_new_version_or_a_reason(name):
 def test_every_module_that_results_depend_on_has_a_version():
     "Except modules that only show results: tables, report, command."
     modules = {p.relative_to(pinned.ROOT/'cmlf').with_suffix('').as_posix() for p in (pinned.ROOT/'cmlf').rglob('*.py')}
-    shown = {'tables', 'report', 'cli', 'appendix/figures', 'appendix/page', 'appendix/executors', '__init__', '_modidx', 'appendix/__init__'}
+    shown = {'tables', 'report', 'cli', 'appendix/figures', 'appendix/page', 'appendix/executors', 'appendix/ranks', 'appendix/effects',
+             'appendix/comparisons', '__init__', '_modidx', 'appendix/__init__'}
     assert modules - shown == {m for parts in pinned.PARTS.values() for m in parts if '.' not in m}
 
 def test_comments_and_docstrings_do_not_count():
@@ -44,7 +45,9 @@ OTHER = dict(   # another valid value for each setting
     epochs=4, budget='per_stage', stage_split=(2, 1, 1), keep_start=False, batch_size=16, lr=1e-3, text_lr=1e-3, schedule='constant', lr_step=3,
     restart_schedule=False, clip_norm=0., tau=0.1, loss='triplet_max', hardest=3, amp=False, kinds=('hard', 'random', 'easy'), ancillary='text',
     remine=False, groups=False, freeze_head=True, pretrain_epochs=2, pretrain_scenes=80, pretrain_lr=1e-4, expert_features='audio=FILE,vggsound=FILE',
-    expert_width=8, expert_epochs=2, words='FILE', ce_epochs=3, ce_batch_size=8, ce_lr=0.02, ce_dim=48)
+    expert_width=8, expert_epochs=2, words='FILE', ce_epochs=3, ce_batch_size=8, ce_lr=0.02, ce_dim=48,
+    neighbours=4, skip=2, mined_share=0.5, drop='random', loss_in='last', above=0.2, beta=0.3, soft=0.5, frozen_mode='train', last_rate=0.5,
+    last_norm='eval')
 
 CORPUS = {'source', 'n_train', 'n_val', 'n_test', 'corpus_seed', 'seconds'}   # settings of a composed corpus: they change the hash of its content
 SCORED = 'used only for scores after training'
