@@ -17,6 +17,7 @@ import soundfile
 import torch
 from fastcore.basics import patch
 
+from .appendix.comparisons import claims_needed
 from .appendix.page import (all_runs, flat_settings, read_records, render, view_cards,
                                 view_page)
 from .config import (PATH_SETTINGS, Profile, expert_files, get_profile, locate, pick,
@@ -26,7 +27,8 @@ from .core import (CmlfError, atomic_path, commit, committed, has_kernel, log, m
 from .data import safe_name
 from .experiments import METRICS, MORE, Experiment
 from .features import SAMPLE_RATE, LogMel
-from .runs import ROOT, RUN_VERSION, Run, call_all, is_done, jobs_for
+from .runs import (ROOT, RUN_VERSION, RankRun, Run, call_all, is_done, is_known,
+                       jobs_for)
 from .tables import (TITLES, check_needs, claims, pretty, pretty_claims, runs_needed, table,
                          write_table)
 
@@ -37,24 +39,28 @@ def report_folder(profile:str, # its name
     "Where a report is written."
     return Path(out or ROOT/'reports'/profile).expanduser().resolve()
 
+def _name_of(number): return f'table{number}' if number in TITLES else number
+
 class Report:
     "What one notebook of a table writes, in the folder of its profile."
-    def __init__(self, number:int, # of the table
+    def __init__(self, number, # of the table, or 'claims'
                  profile:str='smoke',
                  settings=(), # texts KEY=VALUE, or one text with ; between them
                  seeds:int=1, # how many
                  events:str='', runs:str='', data:str='', # as in `Experiment`
                  out:str='', # folder of the report
-                 only:str=''): # names of runs, with *, that may be trained; '': all
+                 only:str='', # names of runs, with *, that may be trained; '': all
+                 ranks:str=''): # folder of ranks that count as finished runs; '': none
         if isinstance(settings, str):
             settings = [t.strip() for t in settings.split(';') if t.strip()]
         if isinstance(seeds, bool) or int(seeds) != seeds or seeds < 1:
             raise CmlfError(f'seeds={seeds!r} should be a whole number above zero')
         self.asked = dict(number=number, profile=profile, settings=list(settings), seeds=seeds,
-                          only=only)
+                          only=only, ranks=bool(ranks))
+        self.name = _name_of(number)
         self.number, self.seeds, self.out = number, seeds, report_folder(profile, out)
-        self.exp = Experiment(get_profile(profile, settings), runs, events, data, only)
-        self.figures, self.cards, self.tables, self.claims = [], [], [], None
+        self.exp = Experiment(get_profile(profile, settings), runs, events, data, only, ranks=ranks)
+        self.figures, self.cards, self.tables, self.effects, self.claims = [], [], [], [], None
 
 # %% ../nbs/16_report.ipynb #05324418
 @patch(as_prop=True)
@@ -122,6 +128,9 @@ def notes(self:Report,
     if not len(scored): return ['No run of this table is stored.']
     notes = [_pool_note(scored.iloc[0]), _budget_note(self.exp.profile),
              _seeds_note(self.seeds, scored)]
+    if n := int(scored.ranks_only.sum()):
+        notes.append(f'{n} of {int(scored.seeds.sum())} runs were trained elsewhere: their scores come '
+                     'from files of ranks (--ranks).')
     if frame.pool_clips.isna().any(): notes.append('A dash under ours: that run was left out.')
     if not self.is_audiocaps:
         notes.append("Another corpus and narrower encoders than the paper's: its columns are for "
@@ -233,6 +242,7 @@ def query_card(self:Report, run:Run,
 def retrievals(self:Report, run:Run, # of a dual encoder
                n:int=3) -> str: # HTML
     "Keep the n best and n worst queries of a run for the report, and show them."
+    if isinstance(run, RankRun): return '<p>Of this run only the ranks are here, no embeddings.</p>'
     found = run.retrieval()
     picked = pick_queries(found, run.arrays['owner'], n)
     self.cards += [self.query_card(run, found, q, verdict)
@@ -245,14 +255,17 @@ def retrievals(self:Report, run:Run, # of a dual encoder
 @patch
 def write_record(self:Report):
     "Write what was asked, which settings were in force, and which runs answered."
-    runs = [self.exp.run(s).metadata for s in runs_needed(self.exp, [self.number], self.seeds)]
+    needed = claims_needed(self.exp, self.seeds) if self.number == 'claims' else runs_needed(
+        self.exp, [self.number], self.seeds)
+    runs = [self.exp.result(s).metadata for s in needed if is_known(self.exp, s)]
     corpus = self.exp.corpus
     write_credits(corpus, self.out/'CREDITS.md')
-    write_json(self.out/f'table{self.number}.json', dict(
+    write_json(self.out/f'{self.name}.json', dict(
         asked=self.asked, in_force=self.exp.profile.asdict(),
         corpus=dict(name=corpus.name, about=corpus.description, hash=corpus.hash,
                     clips={s: len(corpus.split(s)) for s in ('train', 'val', 'test')}),
-        tables=self.tables, claims=self.claims, figures=self.figures, cards=self.cards,
+        tables=self.tables, claims=self.claims, effects=self.effects, figures=self.figures,
+        cards=self.cards,
         runs={r['key']: r for r in runs}))
 
 # %% ../nbs/16_report.ipynb #12844c21
@@ -290,10 +303,10 @@ def write_index(out) -> Path: # folder of a report
     return out/'index.html'
 
 # %% ../nbs/16_report.ipynb #0240b3de
-def notebook_of(number:int # of the table
+def notebook_of(number # of the table, or 'claims'
                ) -> Path:
     "The notebook of a table, in the checkout that this library belongs to."
-    path = ROOT/'nbs'/'tables'/f'table{number}.ipynb'
+    path = ROOT/'nbs'/'tables'/f'{_name_of(number)}.ipynb'
     if not path.exists():
         raise CmlfError(f'{path}: not found; tables are made from a checkout of the repository, '
                         'by its notebooks')
@@ -369,19 +382,19 @@ def absolute_settings(settings # texts KEY=VALUE
     return [f'{k}={pick(paths, k)[locate(k)[1]] if is_path(k) else v}' for k, v in pairs]
 
 # %% ../nbs/16_report.ipynb #d336032b
-def _make_table(n:int, asked:dict): # parameters of the notebook
+def _make_table(n, asked:dict): # parameters of the notebook
     "Run a table's notebook; the settings in force must be those that were asked for."
-    out = Path(asked['out'])
-    run_notebook(notebook_of(n), executed := out/'notebooks'/f'table{n}.ipynb', asked)
-    in_force = read_json(out/f'table{n}.json')['in_force']
+    out, name = Path(asked['out']), _name_of(n)
+    run_notebook(notebook_of(n), executed := out/'notebooks'/f'{name}.ipynb', asked)
+    in_force = read_json(out/f'{name}.json')['in_force']
     settings = [t for t in asked['settings'].split('; ') if t]
     wanted = resolve_paths(get_profile(asked['profile'], settings))
     files = [wanted.tagger.panns, wanted.ce.words, wanted.text.text_model,
              *expert_files(wanted.experts.expert_features).values()]
-    hide_paths(executed, [asked['runs'], out, asked['events'], asked['data'], ROOT,
+    hide_paths(executed, [asked['runs'], asked['ranks'], out, asked['events'], asked['data'], ROOT,
                           *(f for f in files if Path(f).is_absolute())])
     if in_force != wanted.asdict():
-        raise CmlfError(f'table{n}.ipynb ran with other settings than were asked for: {in_force}')
+        raise CmlfError(f'{name}.ipynb ran with other settings than were asked for: {in_force}')
 
 # %% ../nbs/16_report.ipynb #f17fcfd8
 def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1,
@@ -391,19 +404,25 @@ def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1,
               only:str='', # names of runs, with *, that may be trained; '': all
               jobs:int=0, # runs at a time; 0: what suits the device
               cluster:str='', # address of a dask scheduler, or local:N; '': this machine
+              ranks:str='', # folder of ranks that count as finished runs; '': none
              ) -> Path: # of the page
     "Train what is missing, run the notebooks of `tables`, write the report."
-    for n in tables: one_of(n, TITLES, 'table')
-    exp = Experiment(get_profile(profile, settings), runs, events, data, only)
+    for n in tables: one_of(n, [*TITLES, 'claims'], 'table')
+    out = report_folder(profile, out)
+    exp = Experiment(get_profile(profile, settings), runs, events, data, only, out/'ranks', ranks)
     jobs = jobs_for(exp.profile, jobs, cluster)
     check_needs(exp, tables, seeds)
     wanted = runs_needed(exp, tables, seeds)
+    if 'claims' in tables:
+        wanted += [s for s in claims_needed(exp, seeds) if s not in wanted]
     stored = sum(is_done(exp, s) for s in wanted)
-    log(f'{profile}: {len(wanted)} runs are needed, {stored} are stored in {exp.runs}')
+    ranked = sum(is_known(exp, s) for s in wanted) - stored
+    also = f', of {ranked} the ranks are in {exp.ranks}' if exp.ranks else ''
+    log(f'{profile}: {len(wanted)} runs are needed, {stored} are stored in {exp.runs}{also}')
     exp.train_all(wanted, jobs, cluster)
-    out = report_folder(profile, out)
     asked = dict(profile=profile, settings='; '.join(absolute_settings(settings)), seeds=seeds,
-                 events=exp.events, runs=str(exp.runs), data=exp.data, out=str(out), only=only)
+                 events=exp.events, runs=str(exp.runs), data=exp.data, out=str(out), only=only,
+                 ranks=exp.ranks)
     call_all({f'table {n}': (_make_table, n, asked) for n in tables}, min(jobs, len(tables)))
     write_provenance(out)
     return write_index(out)
@@ -468,7 +487,7 @@ def check_report(exp:Experiment, numbers, # of tables
         if not (path := out/f'table{n}.csv').exists():
             raise CmlfError(f'{path}: no such table; {fix}')
         for spec in runs_needed(exp, [n], seeds):
-            if not is_done(exp, spec):
+            if not is_known(exp, spec):
                 raise CmlfError(f'run {spec.name} ({exp.key(spec)}) is not in {exp.runs}; {fix}')
         if 'runs' not in (frame := table(exp, n, seeds)):
             raise CmlfError(f'{exp.runs}: holds no run of Table {n}; {fix}')

@@ -156,7 +156,7 @@ def minutes(self:Run, stage:int=0) -> float:
     h = self.history[self.history.stage == stage]
     return float(h.seconds.sum() + h.val_seconds.sum()) / 60
 
-# %% ../nbs/13_runs.ipynb #a803b3c8
+# %% ../nbs/13_runs.ipynb #1b3cebdf
 def save_ranks(run:Run,
                folder, # of the files
                subset:int=0, # also the ranks on so many first test clips; 0: not

@@ -21,7 +21,7 @@ from .experiments import (METRICS, MORE, Experiment, estimate, measure, more_sco
                               scores)
 from .features import SAMPLE_RATE
 from .metrics import DIRECTIONS, KS, holm, interval, paired_test
-from .runs import NotRun, RunSpec, is_done
+from .runs import NotRun, RankRun, RunSpec, is_known
 
 # %% ../nbs/15_tables.ipynb #5f9ea346
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def split_sizes(exp:Experiment) -> dict: # split -> (clips, captions)
 
 def _planned(exp, numbers, seeds): # (spec, whether it is stored) per run
     if exp.data or exp.profile.corpus.source in COMPOSED:
-        return [(s, is_done(exp, s)) for s in runs_needed(exp, numbers, seeds)]
+        return [(s, is_known(exp, s)) for s in runs_needed(exp, numbers, seeds)]
     log('no --data: the plan is for all of AudioCaps, and counts every run as not yet trained')
     return [(s, False) for s in runs_needed(exp, numbers, seeds, allowed=lambda spec: True)]
 
@@ -149,10 +149,13 @@ def _efficiency(p, per): # one line of text
 
 def print_plan(exp:Experiment,
                numbers, # of tables
-               seeds:int):
+               seeds:int,
+               more=()): # further runs
     "Print the runs that the tables need, and the estimated hours of those that are not stored."
     per, sizes, total = measure(exp), split_sizes(exp), 0.
-    for spec, stored in _planned(exp, numbers, seeds):
+    planned = _planned(exp, numbers, seeds)
+    planned += [(s, is_known(exp, s)) for s in more if s not in {p for p, _ in planned}]
+    for spec, stored in planned:
         hours = 0. if stored else estimate(exp, spec, per, sizes)
         total += np.nan_to_num(hours)
         status = 'stored' if stored else 'to do'
@@ -188,7 +191,7 @@ def cost(exp:Experiment,
         ) -> float:
     "Minutes of a run and of all runs that it depends on, each once."
     def with_ancestors(s): return {s}.union(*map(with_ancestors, exp.parents(s)))
-    return sum(exp.run(s).minutes() for s in with_ancestors(spec))
+    return sum(exp.result(s).minutes() for s in with_ancestors(spec))
 
 def _costs(exp, row, runs, specs): # one run and spec per seed
     mean = lambda values: round(float(np.mean(values)), 2)
@@ -211,12 +214,13 @@ def _stage_end(row, runs, first): # for Table II: the selected epoch, scores aft
 # %% ../nbs/15_tables.ipynb #abf8dc5c
 def _ours(exp, row, seeds, first):
     specs = [spec_of(exp, row, s) for s in range(seeds)]
-    try: runs = [exp.run(s) for s in specs]
+    try: runs = [exp.result(s) for s in specs]
     except NotRun: return {}
     results = [r.retrieval(row.stage, first) for r in runs]
     return (_mean_scores(results) | _intervals(results) | _stage_end(row, runs, first)
             | dict(pool_clips=len(results[0].a2t_ranks), pool_captions=len(results[0].t2a_ranks),
-                   **_pool(exp, first), seeds=len(runs), **_costs(exp, row, runs, specs),
+                   **_pool(exp, first), seeds=len(runs),
+                   ranks_only=sum(isinstance(r, RankRun) for r in runs), **_costs(exp, row, runs, specs),
                    precision=' '.join(sorted({r.metadata.get('precision', '') for r in runs})),
                    runs=' '.join(r.metadata['key'] for r in runs)))
 
@@ -357,7 +361,7 @@ def verdict(difference:float, low:float, high:float, # in percentage points, wit
 
 # %% ../nbs/15_tables.ipynb #2fe0ebf5
 def _tested(exp, pair, seeds): # two rows
-    a, b = ([exp.run(spec_of(exp, r, s)).retrieval(r.stage) for s in range(seeds)] for r in pair)
+    a, b = ([exp.result(spec_of(exp, r, s)).retrieval(r.stage) for s in range(seeds)] for r in pair)
     t = paired_test(a, b)
     return dict(difference=round(t.difference, 2), low=round(t.low, 2), high=round(t.high, 2),
                 p=t.p)

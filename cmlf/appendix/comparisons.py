@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AUDIO', 'BUDGETS', 'ENCODERS', 'COMPARISONS', 'CONTROL', 'VARIANTS', 'SCORES', 'Point', 'Comparison', 'paper_gap',
-           'variant_point', 'specs_of', 'points_of', 'results', 'sources_of', 'measured', 'test_comparisons',
-           'with_verdicts', 'decided', 'oscillation', 'joint_oscillation']
+           'variant_point', 'variants_of', 'specs_of', 'points_of', 'claims_needed', 'results', 'sources_of',
+           'measured', 'test_comparisons', 'with_verdicts', 'decided', 'oscillation', 'joint_oscillation']
 
-# %% ../../nbs/appendix/comparisons.ipynb #cb482a23
+# %% ../../nbs/appendix/comparisons.ipynb #fd0ac368
 import contextlib, itertools, json
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from ..metrics import holm
 from ..runs import NotRun, Run, RunSpec
 from ..tables import ROWS
 
-# %% ../../nbs/appendix/comparisons.ipynb #228b543f
+# %% ../../nbs/appendix/comparisons.ipynb #bdd10871
 @dataclass(frozen=True)
 class Point:
     "A score: of which run, and after which stage."
@@ -45,7 +45,7 @@ class Comparison:
     paper:tuple = ()   # (T2A, A2T) difference of R@1 in the paper, in points; (): it has none
     main:bool = False  # whether it decides the claim
 
-# %% ../../nbs/appendix/comparisons.ipynb #db70917e
+# %% ../../nbs/appendix/comparisons.ipynb #221271a7
 AUDIO = 'scratch', 'pretrained'
 
 def _row(table, p:Point): # the paper's row of a score
@@ -63,7 +63,7 @@ def paper_gap(table:int, # of the paper
     t2a, a2t = np.mean(gaps, axis=0)[[0, 3]]
     return float(t2a.round(2)), float(a2t.round(2))
 
-# %% ../../nbs/appendix/comparisons.ipynb #6dd38530
+# %% ../../nbs/appendix/comparisons.ipynb #63bb00a0
 def _three(audio, chm, **kw): return Point('3cmlf', audio, chm, **kw)
 def _joint(audio): return Point('baseline', audio)
 
@@ -86,7 +86,7 @@ def _of_tables(): # C1 to C5: the rows of Tables I to III
         (_joint(a), _three(a, False), _three(a, True)) for a in ('pretrained', 'scratch'))))
     yield Comparison('C5', 'pre-trained over scratch', pairs, paper_gap(1, pairs), True)
 
-# %% ../../nbs/appendix/comparisons.ipynb #12d939f1
+# %% ../../nbs/appendix/comparisons.ipynb #65364b46
 _RANDOM_LAST = 'kinds=easy+random+random'
 BUDGETS = dict(budget_epochs='budget=equal_epochs', budget_stage='budget=per_stage')
 ENCODERS = {'wider audio encoder': 'width=12', 'shallower text encoder': 'text_layers=3 text_frozen=1'}
@@ -105,7 +105,7 @@ def _of_our_own(): # C1 at other budgets, C6, C8
 
 COMPARISONS = sorted([*_of_tables(), *_of_our_own()], key=lambda c: (c.claim, not c.main))
 
-# %% ../../nbs/appendix/comparisons.ipynb #a044c861
+# %% ../../nbs/appendix/comparisons.ipynb #9842b570
 CONTROL = _RANDOM_LAST
 
 VARIANTS = {
@@ -137,8 +137,13 @@ def variant_point(name:str, # of `VARIANTS`; '': the control
                   audio:str='scratch') -> Point:
     "The score of a variant of stage 3."
     return Point('stage3', audio, True, changes=VARIANTS[name] if name else CONTROL)
+def variants_of(exp:Experiment) -> list:
+    "The names of the variants that fit the batch size: groups of neighbours are smaller than it."
+    size = exp.profile.batches.batch_size
+    k = lambda text: int(dict(t.split('=') for t in text.split()).get('neighbours', 1))
+    return [name for name, text in VARIANTS.items() if k(text) < size and size % k(text) == 0]
 
-# %% ../../nbs/appendix/comparisons.ipynb #bacbb44d
+# %% ../../nbs/appendix/comparisons.ipynb #22949a3f
 def specs_of(exp:Experiment, points, seeds:int) -> list:
     "The runs of these scores for seeds 0, 1, .., each once, after its parents."
     found = []
@@ -151,6 +156,11 @@ def specs_of(exp:Experiment, points, seeds:int) -> list:
 def points_of(comparisons) -> list:
     "The scores of these comparisons, each once."
     return list(dict.fromkeys(p for c in comparisons for pair in c.pairs for p in pair))
+
+def claims_needed(exp:Experiment, seeds:int) -> list:
+    "All runs of the claims and of the variants that are known or may be trained, parents first."
+    points = points_of(COMPARISONS) + [variant_point(n) for n in ('', *variants_of(exp))]
+    return [s for s in specs_of(exp, points, seeds) if exp.allows(s)]
 
 def results(exp:Experiment, p:Point, seed:int) -> Run:
     "The finished run of a score; `NotRun` if it is not known and may not be trained."
@@ -174,7 +184,7 @@ def measured(exp:Experiment, pairs, # of (Point, Point)
             rows.append(np.mean([differences([a], [b], k, direction)[0] for a, b in found], axis=0))
     return effect(np.stack(rows), sources_of(exp)) if rows else None
 
-# %% ../../nbs/appendix/comparisons.ipynb #b34fe488
+# %% ../../nbs/appendix/comparisons.ipynb #a7a008f6
 SCORES = dict(t2a=(1, 't2a'), a2t=(1, 'a2t'), mean=(None, None))
 
 def _line(e:Effect|None, name:str) -> dict: # columns of one score
@@ -214,7 +224,7 @@ def _judge(signs):
     if sum(signs) == 0: return 'cannot tell'
     return 'supported' if sum(signs) > 0 else 'contradicted'
 
-# %% ../../nbs/appendix/comparisons.ipynb #1bbad6e5
+# %% ../../nbs/appendix/comparisons.ipynb #74a4d2c3
 def decided(frame:pd.DataFrame, # from `test_comparisons`
            ) -> pd.DataFrame:
     "One line per claim: the comparison that speaks for it least."
@@ -223,7 +233,7 @@ def decided(frame:pd.DataFrame, # from `test_comparisons`
     by = ['claim', 'o'] + ['mean'] * ('mean' in main)
     return main.sort_values(by).groupby('claim', sort=False).head(1).drop(columns='o')
 
-# %% ../../nbs/appendix/comparisons.ipynb #37663a68
+# %% ../../nbs/appendix/comparisons.ipynb #1a8a3f30
 def oscillation(scores # validation scores of the epochs, from epoch 0
                ) -> float:
     "Falls between epochs of the first half, relative to the rise over it."

@@ -25,7 +25,8 @@ def read_records(out # folder of a report
                 ) -> dict: # number -> record
     "The records of the tables that are there."
     out = Path(out)
-    records = {n: read_json(f) for n in TITLES if (f := out/f'table{n}.json').exists()}
+    files = {n: f'table{n}.json' for n in TITLES} | {'claims': 'claims.json'}
+    records = {n: read_json(out/f) for n, f in files.items() if (out/f).exists()}
     if not records:
         raise CmlfError(f'{out}: no table was written here; run `cmlf reproduce` first')
     return records
@@ -218,7 +219,7 @@ def _view_part(out, number, record, frames): # what one notebook wrote
     return dict(
         tables=[view_table(t, pretty(frames[t['name']], number), blank if i else marks)
                 for i, t in enumerate(record['tables'])],
-        claims=view_claims(entry, tested),
+        claims=view_claims(entry, tested), effects=record.get('effects', []),
         figures=[_view_figure(out, f) for f in record['figures']])
 
 # %% ../../nbs/appendix/page.ipynb #7d499851
@@ -226,6 +227,7 @@ def _contents(parts, glance, groups): # entries of the table of contents
     entries = [('glance', 'The claims at a glance', 1)] if glance else []
     for part in parts:
         entries += [(t['id'], t['title'], 1 + (i > 0)) for i, t in enumerate(part['tables'])]
+        entries += [(t['name'], t['title'], 1 + (i > 0)) for i, t in enumerate(part['effects'])]
         if part['claims']: entries.append((part['claims']['id'], 'What can be told apart', 2))
     if groups: entries.append(('retrievals', 'Best and worst retrievals', 1))
     entries.append(('origin', 'Where the numbers came from', 1))
