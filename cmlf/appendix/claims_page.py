@@ -6,7 +6,7 @@
 __all__ = ['PAPER_CLIPS', 'effect_text', 'pretty_effects', 'oscillation_line', 'forest_figure', 'power_table', 'clips_for',
            'pretty_power', 'test_variants', 'pretty_variants']
 
-# %% ../../nbs/appendix/claims_page.ipynb #6749c120
+# %% ../../nbs/appendix/claims_page.ipynb #06d52930
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
@@ -20,7 +20,7 @@ from ..core import write_text
 from ..experiments import Experiment
 from ..report import Report
 
-# %% ../../nbs/appendix/claims_page.ipynb #a9b03875
+# %% ../../nbs/appendix/claims_page.ipynb #912db5ff
 def effect_text(line, name:str) -> str:
     "'+3.0 [+1.0, +5.0]', a dash if there is no result."
     if name not in line or pd.isna(line[name]): return '–'
@@ -42,7 +42,7 @@ def pretty_effects(frame:pd.DataFrame, # from `test_comparisons`
         'Ours, mean recall': [effect_text(r, 'mean') for r in lines],
         'Seeds': [f'{r.seeds:.0f}' for r in lines], 'Verdict': frame.verdict})
 
-# %% ../../nbs/appendix/claims_page.ipynb #49e68f0f
+# %% ../../nbs/appendix/claims_page.ipynb #7af4f902
 def oscillation_line(found:pd.DataFrame, # from `joint_oscillation`
                     ) -> dict:
     "The claim C7 as a line of `pretty_effects`."
@@ -56,7 +56,7 @@ def oscillation_line(found:pd.DataFrame, # from `joint_oscillation`
     text = f'{100 * d.mean():+.0f} % of the rise [{100 * low:+.0f}, {100 * high:+.0f}]'
     return line | {'Ours, T2A R@1': text, 'Seeds': str(seeds), 'Verdict': verdict}
 
-# %% ../../nbs/appendix/claims_page.ipynb #6205395d
+# %% ../../nbs/appendix/claims_page.ipynb #59499569
 _COLOURS = dict(t2a='C0', a2t='C1')
 _NAMES = dict(t2a='text to audio', a2t='audio to text')
 
@@ -79,7 +79,7 @@ def forest_figure(frame:pd.DataFrame, # with effects and their intervals
     fig.legend(loc='outside right upper', fontsize=8)
     return fig
 
-# %% ../../nbs/appendix/claims_page.ipynb #dca5683e
+# %% ../../nbs/appendix/claims_page.ipynb #abedce6f
 PAPER_CLIPS = 957
 
 def power_table(frame:pd.DataFrame, # from `test_comparisons`
@@ -116,7 +116,7 @@ def pretty_power(frame:pd.DataFrame) -> pd.DataFrame:
         'clips needed, 5 seeds': frame['clips needed, 5 seeds'].map(number),
         'could be noise': np.where(noise, 'yes', 'no')})
 
-# %% ../../nbs/appendix/claims_page.ipynb #71475d16
+# %% ../../nbs/appendix/claims_page.ipynb #66ee59e1
 def test_variants(exp:Experiment, seeds:int, audio:str='scratch') -> pd.DataFrame:
     "Each variant of stage 3 against random batches, from the same model after stage 2."
     control = variant_point('', audio)
@@ -136,7 +136,7 @@ def pretty_variants(frame:pd.DataFrame # from `test_variants`
         'Mean recall': [effect_text(r, 'mean') for _, r in found.iterrows()],
         'Seeds': [f'{s:.0f}' for s in found.seeds], 'Verdict': found.verdict.replace(words)})
 
-# %% ../../nbs/appendix/claims_page.ipynb #91b8932a
+# %% ../../nbs/appendix/claims_page.ipynb #d8a691ea
 _NOTES = [
     'Effects are differences in points of R@1, with 95 % intervals over seeds, test clips and the '
     'sources that composed clips share. Paper: differences of its tables, one run each.',
@@ -189,4 +189,5 @@ def show_variants(self:Report) -> pd.DataFrame:
         self.figure(forest_figure(found, found.comparison, 'effect against random batches, points of R@1'),
                     'variants', 'Variants of stage 3 against random batches in stage 3.')
     return _write(self, 'variants', 'Variants of stage 3', frame, pretty_variants(frame), [
-        'Against random batches in stage 3, from the same model after stage 2; same number of updates.'])
+        'After the last epoch, against random batches in stage 3, from the same model after stage 2 '
+        'with the same number of updates.'])

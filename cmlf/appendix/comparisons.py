@@ -7,7 +7,7 @@ __all__ = ['AUDIO', 'BUDGETS', 'ENCODERS', 'COMPARISONS', 'CONTROL', 'VARIANTS',
            'variant_point', 'variants_of', 'specs_of', 'points_of', 'claims_needed', 'results', 'sources_of',
            'measured', 'test_comparisons', 'with_verdicts', 'decided', 'oscillation', 'joint_oscillation']
 
-# %% ../../nbs/appendix/comparisons.ipynb #fd0ac368
+# %% ../../nbs/appendix/comparisons.ipynb #54a74f90
 import contextlib, itertools, json
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from ..metrics import holm
 from ..runs import NotRun, Run, RunSpec
 from ..tables import ROWS
 
-# %% ../../nbs/appendix/comparisons.ipynb #bdd10871
+# %% ../../nbs/appendix/comparisons.ipynb #ec9ed639
 @dataclass(frozen=True)
 class Point:
     "A score: of which run, and after which stage."
@@ -31,6 +31,7 @@ class Point:
     stage:int = 0      # after this stage; 0: at the end
     scale:float = 1.   # batch size, relative to the profile's
     changes:str = ''   # settings that differ from the profile's
+    last:bool = False  # after the last epoch of the stage, not after the selected one
 
     def spec(self, exp:Experiment, seed:int) -> RunSpec:
         "The run that gives this score."
@@ -45,7 +46,7 @@ class Comparison:
     paper:tuple = ()   # (T2A, A2T) difference of R@1 in the paper, in points; (): it has none
     main:bool = False  # whether it decides the claim
 
-# %% ../../nbs/appendix/comparisons.ipynb #221271a7
+# %% ../../nbs/appendix/comparisons.ipynb #e4fc2091
 AUDIO = 'scratch', 'pretrained'
 
 def _row(table, p:Point): # the paper's row of a score
@@ -63,7 +64,7 @@ def paper_gap(table:int, # of the paper
     t2a, a2t = np.mean(gaps, axis=0)[[0, 3]]
     return float(t2a.round(2)), float(a2t.round(2))
 
-# %% ../../nbs/appendix/comparisons.ipynb #63bb00a0
+# %% ../../nbs/appendix/comparisons.ipynb #71601fae
 def _three(audio, chm, **kw): return Point('3cmlf', audio, chm, **kw)
 def _joint(audio): return Point('baseline', audio)
 
@@ -86,7 +87,7 @@ def _of_tables(): # C1 to C5: the rows of Tables I to III
         (_joint(a), _three(a, False), _three(a, True)) for a in ('pretrained', 'scratch'))))
     yield Comparison('C5', 'pre-trained over scratch', pairs, paper_gap(1, pairs), True)
 
-# %% ../../nbs/appendix/comparisons.ipynb #65364b46
+# %% ../../nbs/appendix/comparisons.ipynb #ed7cf793
 _RANDOM_LAST = 'kinds=easy+random+random'
 BUDGETS = dict(budget_epochs='budget=equal_epochs', budget_stage='budget=per_stage')
 ENCODERS = {'wider audio encoder': 'width=12', 'shallower text encoder': 'text_layers=3 text_frozen=1'}
@@ -105,7 +106,7 @@ def _of_our_own(): # C1 at other budgets, C6, C8
 
 COMPARISONS = sorted([*_of_tables(), *_of_our_own()], key=lambda c: (c.claim, not c.main))
 
-# %% ../../nbs/appendix/comparisons.ipynb #9842b570
+# %% ../../nbs/appendix/comparisons.ipynb #e90d399c
 CONTROL = _RANDOM_LAST
 
 VARIANTS = {
@@ -134,16 +135,18 @@ VARIANTS = {
     'random, soft targets': f'{CONTROL} loss=nt_xent_soft loss_in=last'}
 
 def variant_point(name:str, # of `VARIANTS`; '': the control
-                  audio:str='scratch') -> Point:
+                  audio:str='scratch',
+                  last:bool=True, # after the last epoch; False: after the selected one
+                 ) -> Point:
     "The score of a variant of stage 3."
-    return Point('stage3', audio, True, changes=VARIANTS[name] if name else CONTROL)
+    return Point('stage3', audio, True, changes=VARIANTS[name] if name else CONTROL, last=last)
 def variants_of(exp:Experiment) -> list:
     "The names of the variants that fit the batch size: groups of neighbours are smaller than it."
     size = exp.profile.batches.batch_size
     k = lambda text: int(dict(t.split('=') for t in text.split()).get('neighbours', 1))
     return [name for name, text in VARIANTS.items() if k(text) < size and size % k(text) == 0]
 
-# %% ../../nbs/appendix/comparisons.ipynb #22949a3f
+# %% ../../nbs/appendix/comparisons.ipynb #1d1141cd
 def specs_of(exp:Experiment, points, seeds:int) -> list:
     "The runs of these scores for seeds 0, 1, .., each once, after its parents."
     found = []
@@ -180,11 +183,12 @@ def measured(exp:Experiment, pairs, # of (Point, Point)
     rows = []
     for seed in range(seeds):
         with contextlib.suppress(NotRun):
-            found = [[results(exp, p, seed).retrieval(p.stage) for p in pair] for pair in pairs]
+            found = [[results(exp, p, seed).retrieval(p.stage, last=p.last) for p in pair]
+                     for pair in pairs]
             rows.append(np.mean([differences([a], [b], k, direction)[0] for a, b in found], axis=0))
     return effect(np.stack(rows), sources_of(exp)) if rows else None
 
-# %% ../../nbs/appendix/comparisons.ipynb #a7a008f6
+# %% ../../nbs/appendix/comparisons.ipynb #bec5e7c0
 SCORES = dict(t2a=(1, 't2a'), a2t=(1, 'a2t'), mean=(None, None))
 
 def _line(e:Effect|None, name:str) -> dict: # columns of one score
@@ -224,7 +228,7 @@ def _judge(signs):
     if sum(signs) == 0: return 'cannot tell'
     return 'supported' if sum(signs) > 0 else 'contradicted'
 
-# %% ../../nbs/appendix/comparisons.ipynb #74a4d2c3
+# %% ../../nbs/appendix/comparisons.ipynb #fd8d3359
 def decided(frame:pd.DataFrame, # from `test_comparisons`
            ) -> pd.DataFrame:
     "One line per claim: the comparison that speaks for it least."
@@ -233,7 +237,7 @@ def decided(frame:pd.DataFrame, # from `test_comparisons`
     by = ['claim', 'o'] + ['mean'] * ('mean' in main)
     return main.sort_values(by).groupby('claim', sort=False).head(1).drop(columns='o')
 
-# %% ../../nbs/appendix/comparisons.ipynb #1a8a3f30
+# %% ../../nbs/appendix/comparisons.ipynb #a01d6821
 def oscillation(scores # validation scores of the epochs, from epoch 0
                ) -> float:
     "Falls between epochs of the first half, relative to the rise over it."
