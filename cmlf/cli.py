@@ -144,13 +144,19 @@ def _mine_command(vectors:str = typer.Argument(..., help='.npy file, (N, d) numb
                                                 'group'),
                  rounds:int = typer.Option(5, help='effort of the bound for hard batches; '
                                                    '0 takes seconds'),
+                 neighbours:int = typer.Option(0, help='hard batches of groups of so many near '
+                                                       'vectors; 0: the whole batch is one group'),
+                 skip:int = typer.Option(0, help='so many nearest neighbours of a vector stay out '
+                                                 'of its group'),
+                 share:float = typer.Option(1., help='share of the batches that is mined; the '
+                                                     'others are random'),
                  bound:bool = typer.Option(True, help='also compute the bound'),
                  as_json:bool = _JSON):
     "Mine batches from your own vectors."
     if out and Path(out).suffix != '.npy':
         raise CmlfError(f'{out}: batches are written as .npy; give a name that ends in .npy')
     found = _mine(vectors, batch_size, kind, groups, near, seed=seed, epoch=epoch, sweeps=sweeps,
-                  rounds=rounds)
+                  rounds=rounds, neighbours=neighbours, skip=skip, share=share)
     if out: _write_npy(out, found.batches)
     print_facts(found.summary(bound) | (dict(out=out) if out else {}), as_json)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['differences', 'shared', 'clip_variance', 'Effect', 'effect', 'simulate', 'verdict', 'detectable', 'seeds_for']
 
-# %% ../../nbs/appendix/effects.ipynb #0140080f
+# %% ../../nbs/appendix/effects.ipynb #8f86dca6
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from scipy import sparse, stats
 from ..core import CmlfError, rng
 from ..metrics import clip_points
 
-# %% ../../nbs/appendix/effects.ipynb #02432fb3
+# %% ../../nbs/appendix/effects.ipynb #06efbb61
 def differences(a, # Retrievals of one method, one per seed
                 b, # Retrievals of the other, the same seeds in the same order
                 k:int|None=None, # depth; None: the mean over 1, 5 and 10
@@ -25,7 +25,7 @@ def differences(a, # Retrievals of one method, one per seed
     return np.stack([clip_points(x, k, direction) - clip_points(y, k, direction)
                      for x, y in zip(a, b)])
 
-# %% ../../nbs/appendix/effects.ipynb #f64341dc
+# %% ../../nbs/appendix/effects.ipynb #fca7a06b
 def shared(sources, # for each clip, the names of its sources; None: clips are independent
           ):
     "(C, C) sparse matrix of 0 and 1: which clips share a source, each also with itself."
@@ -49,7 +49,7 @@ def clip_variance(u, # (C,) what each clip adds
     part = 1 - both.nnz / n**2 # the mean was taken from the same clips: the sum is too small by this
     return max(alone, float(e @ (both @ e)) / max(part, .1))
 
-# %% ../../nbs/appendix/effects.ipynb #ec1fbbd9
+# %% ../../nbs/appendix/effects.ipynb #efe756e4
 @dataclass(frozen=True)
 class Effect:
     "The difference of two methods in points, with a 95 % interval over seeds, clips and sources."
@@ -88,7 +88,7 @@ def effect(d, # (S, C) from `differences`
     sd = (seeds * v_seeds) ** .5 if seeds > 1 else float('nan')
     return Effect(value, value - half, value + half, p, _flips(u), sd, v_clips ** .5, seeds)
 
-# %% ../../nbs/appendix/effects.ipynb #3464ca0e
+# %% ../../nbs/appendix/effects.ipynb #7359ecfd
 def simulate(truth:float, # the effect, in points
              draw, # random generator
              seeds:int=5, clips:int=150,
@@ -104,7 +104,7 @@ def simulate(truth:float, # the effect, in points
     noise = draw.normal(size=(seeds, 1)) * s + draw.normal(size=(seeds, clips)) * sc * np.sqrt(clips)
     return (both + noise) / clips, [[f's{i}' for i in some] for some in sources]
 
-# %% ../../nbs/appendix/effects.ipynb #128ed616
+# %% ../../nbs/appendix/effects.ipynb #ecf14dad
 def verdict(e:Effect,
             p:float|None=None, # corrected for the number of tests; None: as it is
            ) -> str:
@@ -113,7 +113,7 @@ def verdict(e:Effect,
     if e.seeds < 2 or p >= .05 or e.low <= 0 <= e.high: return 'cannot tell'
     return 'supported' if e.value > 0 else 'contradicted'
 
-# %% ../../nbs/appendix/effects.ipynb #7cebad6a
+# %% ../../nbs/appendix/effects.ipynb #f8361aad
 _POWER = float(stats.norm.ppf(.975) + stats.norm.ppf(.8)) # 2.8
 
 def detectable(sd_clips:float, # standard error from the clips, in points
