@@ -1,5 +1,4 @@
 "Variants of stage 3, runs that start from stage 2, ranks in files, claims with seeds."
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,14 +6,14 @@ import pandas as pd
 import pytest
 import torch
 
-from cmlf.appendix.comparisons import (COMPARISONS, VARIANTS, Point, claims_needed, decided, measured, sources_of, test_comparisons as
-                                       compare, variant_point, with_verdicts)
-from cmlf.appendix.effects import clip_variance, effect, shared, simulate, verdict
+from cmlf.appendix.comparisons import (COMPARISONS, VARIANTS, Point, measured, sources_of, test_comparisons as
+                                       compare, variant_point)
+from cmlf.appendix.effects import effect, shared, simulate, verdict
 from cmlf.config import get_profile
 from cmlf.core import CmlfError, rng
 from cmlf.experiments import Experiment
 from cmlf.mining import mine
-from cmlf.runs import RankRun, Run, is_done, is_known, save_ranks
+from cmlf.runs import RankRun, is_done, is_known
 from command import cmlf
 
 @pytest.fixture(scope='module')

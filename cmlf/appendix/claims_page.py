@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['PAPER_CLIPS', 'effect_text', 'pretty_effects', 'oscillation_line', 'forest_figure', 'power_table', 'clips_for',
-           'pretty_power', 'test_variants', 'pretty_variants']
+           'pretty_power', 'test_variants', 'pretty_variants', 'ClaimsReport']
 
-# %% ../../nbs/appendix/claims_page.ipynb #06d52930
+# %% ../../nbs/appendix/claims_page.ipynb #5b11514d
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from scipy import stats
 
-from .comparisons import (
-    SCORES, Comparison, claims_needed, decided, joint_oscillation, test_comparisons, variant_point,
-    variants_of, with_verdicts)
+from cmlf.appendix.comparisons import (
+    SCORES, Comparison, Point, decided, joint_oscillation, test_comparisons, variant_point,
+    variants_of)
 from .effects import detectable, seeds_for
+from .geometry import geometry
 from ..core import write_text
 from ..experiments import Experiment
 from ..report import Report
+from ..runs import is_done
 
-# %% ../../nbs/appendix/claims_page.ipynb #912db5ff
+# %% ../../nbs/appendix/claims_page.ipynb #f4077fae
 def effect_text(line, name:str) -> str:
     "'+3.0 [+1.0, +5.0]', a dash if there is no result."
     if name not in line or pd.isna(line[name]): return '–'
@@ -42,7 +44,7 @@ def pretty_effects(frame:pd.DataFrame, # from `test_comparisons`
         'Ours, mean recall': [effect_text(r, 'mean') for r in lines],
         'Seeds': [f'{r.seeds:.0f}' for r in lines], 'Verdict': frame.verdict})
 
-# %% ../../nbs/appendix/claims_page.ipynb #7af4f902
+# %% ../../nbs/appendix/claims_page.ipynb #181cd4e1
 def oscillation_line(found:pd.DataFrame, # from `joint_oscillation`
                     ) -> dict:
     "The claim C7 as a line of `pretty_effects`."
@@ -56,7 +58,7 @@ def oscillation_line(found:pd.DataFrame, # from `joint_oscillation`
     text = f'{100 * d.mean():+.0f} % of the rise [{100 * low:+.0f}, {100 * high:+.0f}]'
     return line | {'Ours, T2A R@1': text, 'Seeds': str(seeds), 'Verdict': verdict}
 
-# %% ../../nbs/appendix/claims_page.ipynb #59499569
+# %% ../../nbs/appendix/claims_page.ipynb #c1f3cb18
 _COLOURS = dict(t2a='C0', a2t='C1')
 _NAMES = dict(t2a='text to audio', a2t='audio to text')
 
@@ -79,7 +81,7 @@ def forest_figure(frame:pd.DataFrame, # with effects and their intervals
     fig.legend(loc='outside right upper', fontsize=8)
     return fig
 
-# %% ../../nbs/appendix/claims_page.ipynb #abedce6f
+# %% ../../nbs/appendix/claims_page.ipynb #2fc0770d
 PAPER_CLIPS = 957
 
 def power_table(frame:pd.DataFrame, # from `test_comparisons`
@@ -116,7 +118,7 @@ def pretty_power(frame:pd.DataFrame) -> pd.DataFrame:
         'clips needed, 5 seeds': frame['clips needed, 5 seeds'].map(number),
         'could be noise': np.where(noise, 'yes', 'no')})
 
-# %% ../../nbs/appendix/claims_page.ipynb #66ee59e1
+# %% ../../nbs/appendix/claims_page.ipynb #7c48f287
 def test_variants(exp:Experiment, seeds:int, audio:str='scratch') -> pd.DataFrame:
     "Each variant of stage 3 against random batches, from the same model after stage 2."
     control = variant_point('', audio)
@@ -136,13 +138,17 @@ def pretty_variants(frame:pd.DataFrame # from `test_variants`
         'Mean recall': [effect_text(r, 'mean') for _, r in found.iterrows()],
         'Seeds': [f'{s:.0f}' for s in found.seeds], 'Verdict': found.verdict.replace(words)})
 
-# %% ../../nbs/appendix/claims_page.ipynb #d8a691ea
+# %% ../../nbs/appendix/claims_page.ipynb #ea536895
 _NOTES = [
     'Effects are differences in points of R@1, with 95 % intervals over seeds, test clips and the '
     'sources that composed clips share. Paper: differences of its tables, one run each.',
     'A verdict needs an interval on one side of zero and p below 0.05 for Student’s test and for '
     'sign flips over clips, corrected for all deciding comparisons (Holm). One seed: cannot tell.',
     'Of several comparisons that decide a claim, the one that speaks least for it is shown.']
+
+class ClaimsReport(Report):
+    "The report of the claims: arguments as those of a `Report`, without the number."
+    def __init__(self, *arguments): super().__init__('claims', *arguments)
 
 def _write(self, name, title, frame, shown, notes=()): # the .csv, the .md, the page
     write_text(self.out/f'{name}.csv', frame.to_csv(index=False))
@@ -154,7 +160,7 @@ def _write(self, name, title, frame, shown, notes=()): # the .csv, the .md, the 
     return shown
 
 @patch
-def show_all_claims(self:Report) -> pd.DataFrame:
+def show_all_claims(self:ClaimsReport) -> pd.DataFrame:
     "Test all claims, write `claims`, show one line per claim."
     self.tested = test_comparisons(self.exp, self.seeds)
     shown = pretty_effects(decided(self.tested))
@@ -163,7 +169,7 @@ def show_all_claims(self:Report) -> pd.DataFrame:
     return _write(self, 'claims', 'The claims of the paper', self.tested, shown, _NOTES)
 
 @patch
-def show_comparisons(self:Report) -> pd.DataFrame:
+def show_comparisons(self:ClaimsReport) -> pd.DataFrame:
     "All comparisons that were run, written as `comparisons`."
     found = self.tested[self.tested.seeds > 0]
     if len(found):
@@ -173,14 +179,14 @@ def show_comparisons(self:Report) -> pd.DataFrame:
     return _write(self, 'comparisons', 'All comparisons', found, pretty_effects(found))
 
 @patch
-def show_power(self:Report) -> pd.DataFrame:
+def show_power(self:ClaimsReport) -> pd.DataFrame:
     "What the paper's differences would take, written as `power`."
     power = power_table(self.tested, len(self.exp.corpus.split('test')))
     return _write(self, 'power', 'What it would take to tell', power,
                   pretty_power(power) if len(power) else power)
 
 @patch
-def show_variants(self:Report) -> pd.DataFrame:
+def show_variants(self:ClaimsReport) -> pd.DataFrame:
     "The variants of stage 3 that were run, written as `variants`."
     frame = test_variants(self.exp, self.seeds)
     found = frame[frame.seeds > 0]
@@ -191,3 +197,22 @@ def show_variants(self:Report) -> pd.DataFrame:
     return _write(self, 'variants', 'Variants of stage 3', frame, pretty_variants(frame), [
         'After the last epoch, against random batches in stage 3, from the same model after stage 2 '
         'with the same number of updates.'])
+
+_SHOWN = {'joint': Point('baseline'), 'after stage 2': Point('stages12', chm=True),
+          **{name: variant_point(name) for name in (
+              'hard, as the paper', 'BatchNorm fixed', 'BatchNorm fixed, 0.3 of the rate', 'groups of 4',
+              'half of the batches')}, 'random': variant_point('')}
+
+@patch
+def show_geometry(self:ClaimsReport) -> pd.DataFrame:
+    "The shape of the joint space after the last epoch of some runs of seed 0, written as `geometry`."
+    known = {n: p.spec(self.exp, 0) for n, p in _SHOWN.items()}
+    runs = {n: self.exp.run(s) for n, s in known.items() if is_done(self.exp, s)}
+    if 'joint' not in runs: return pd.DataFrame({'run': []})
+    lines = {n: geometry(r, runs['joint']).iloc[-1] for n, r in runs.items()}
+    frame = pd.DataFrame(lines).T.drop(columns=['stage', 'epoch']).astype(float)
+    shown = frame.round(2).rename_axis('run').reset_index()
+    shown.columns = [c.replace('_', ' ') for c in shown.columns]
+    return _write(self, 'geometry', 'The shape of the joint space', frame.rename_axis('run').reset_index(),
+                  shown, ['After the last epoch of each run, seed 0, test set. Beats near and far: how often the '
+                          'right clip beats all of the 31 clips nearest to it, and all others.'])

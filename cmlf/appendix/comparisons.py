@@ -7,21 +7,20 @@ __all__ = ['AUDIO', 'BUDGETS', 'ENCODERS', 'COMPARISONS', 'CONTROL', 'VARIANTS',
            'variant_point', 'variants_of', 'specs_of', 'points_of', 'claims_needed', 'results', 'sources_of',
            'measured', 'test_comparisons', 'with_verdicts', 'decided', 'oscillation', 'joint_oscillation']
 
-# %% ../../nbs/appendix/comparisons.ipynb #54a74f90
+# %% ../../nbs/appendix/comparisons.ipynb #2714137f
 import contextlib, itertools, json
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from .effects import Effect, differences, effect, verdict
-from ..core import CmlfError
+from .effects import Effect, differences, effect
 from ..experiments import Experiment
 from ..metrics import holm
 from ..runs import NotRun, Run, RunSpec
 from ..tables import ROWS
 
-# %% ../../nbs/appendix/comparisons.ipynb #ec9ed639
+# %% ../../nbs/appendix/comparisons.ipynb #894cd923
 @dataclass(frozen=True)
 class Point:
     "A score: of which run, and after which stage."
@@ -46,7 +45,7 @@ class Comparison:
     paper:tuple = ()   # (T2A, A2T) difference of R@1 in the paper, in points; (): it has none
     main:bool = False  # whether it decides the claim
 
-# %% ../../nbs/appendix/comparisons.ipynb #e4fc2091
+# %% ../../nbs/appendix/comparisons.ipynb #a6b1295e
 AUDIO = 'scratch', 'pretrained'
 
 def _row(table, p:Point): # the paper's row of a score
@@ -64,7 +63,7 @@ def paper_gap(table:int, # of the paper
     t2a, a2t = np.mean(gaps, axis=0)[[0, 3]]
     return float(t2a.round(2)), float(a2t.round(2))
 
-# %% ../../nbs/appendix/comparisons.ipynb #71601fae
+# %% ../../nbs/appendix/comparisons.ipynb #6aec6b4d
 def _three(audio, chm, **kw): return Point('3cmlf', audio, chm, **kw)
 def _joint(audio): return Point('baseline', audio)
 
@@ -87,7 +86,7 @@ def _of_tables(): # C1 to C5: the rows of Tables I to III
         (_joint(a), _three(a, False), _three(a, True)) for a in ('pretrained', 'scratch'))))
     yield Comparison('C5', 'pre-trained over scratch', pairs, paper_gap(1, pairs), True)
 
-# %% ../../nbs/appendix/comparisons.ipynb #ed7cf793
+# %% ../../nbs/appendix/comparisons.ipynb #601bf21f
 _RANDOM_LAST = 'kinds=easy+random+random'
 BUDGETS = dict(budget_epochs='budget=equal_epochs', budget_stage='budget=per_stage')
 ENCODERS = {'wider audio encoder': 'width=12', 'shallower text encoder': 'text_layers=3 text_frozen=1'}
@@ -106,7 +105,7 @@ def _of_our_own(): # C1 at other budgets, C6, C8
 
 COMPARISONS = sorted([*_of_tables(), *_of_our_own()], key=lambda c: (c.claim, not c.main))
 
-# %% ../../nbs/appendix/comparisons.ipynb #e90d399c
+# %% ../../nbs/appendix/comparisons.ipynb #f91e1286
 CONTROL = _RANDOM_LAST
 
 VARIANTS = {
@@ -146,7 +145,7 @@ def variants_of(exp:Experiment) -> list:
     k = lambda text: int(dict(t.split('=') for t in text.split()).get('neighbours', 1))
     return [name for name, text in VARIANTS.items() if k(text) < size and size % k(text) == 0]
 
-# %% ../../nbs/appendix/comparisons.ipynb #1d1141cd
+# %% ../../nbs/appendix/comparisons.ipynb #747351f3
 def specs_of(exp:Experiment, points, seeds:int) -> list:
     "The runs of these scores for seeds 0, 1, .., each once, after its parents."
     found = []
@@ -188,7 +187,7 @@ def measured(exp:Experiment, pairs, # of (Point, Point)
             rows.append(np.mean([differences([a], [b], k, direction)[0] for a, b in found], axis=0))
     return effect(np.stack(rows), sources_of(exp)) if rows else None
 
-# %% ../../nbs/appendix/comparisons.ipynb #bec5e7c0
+# %% ../../nbs/appendix/comparisons.ipynb #cf75703e
 SCORES = dict(t2a=(1, 't2a'), a2t=(1, 'a2t'), mean=(None, None))
 
 def _line(e:Effect|None, name:str) -> dict: # columns of one score
@@ -228,7 +227,7 @@ def _judge(signs):
     if sum(signs) == 0: return 'cannot tell'
     return 'supported' if sum(signs) > 0 else 'contradicted'
 
-# %% ../../nbs/appendix/comparisons.ipynb #fd8d3359
+# %% ../../nbs/appendix/comparisons.ipynb #6f75f269
 def decided(frame:pd.DataFrame, # from `test_comparisons`
            ) -> pd.DataFrame:
     "One line per claim: the comparison that speaks for it least."
@@ -237,7 +236,7 @@ def decided(frame:pd.DataFrame, # from `test_comparisons`
     by = ['claim', 'o'] + ['mean'] * ('mean' in main)
     return main.sort_values(by).groupby('claim', sort=False).head(1).drop(columns='o')
 
-# %% ../../nbs/appendix/comparisons.ipynb #a01d6821
+# %% ../../nbs/appendix/comparisons.ipynb #e08bcf2d
 def oscillation(scores # validation scores of the epochs, from epoch 0
                ) -> float:
     "Falls between epochs of the first half, relative to the rise over it."

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['to_arrays', 'from_arrays', 'rank_key', 'write_ranks', 'read_ranks']
 
-# %% ../../nbs/appendix/ranks.ipynb #65484f95
+# %% ../../nbs/appendix/ranks.ipynb #5d01fecb
 import io, json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,7 +14,7 @@ import pandas as pd
 from ..core import CmlfError, atomic_path
 from ..metrics import DIRECTIONS, Retrieval
 
-# %% ../../nbs/appendix/ranks.ipynb #71fe693b
+# %% ../../nbs/appendix/ranks.ipynb #77f9830c
 def to_arrays(found:Retrieval) -> dict:
     "The arrays from which `from_arrays` makes the same `Retrieval`."
     arrays = dict(owner=found.owner.astype(np.int32))
@@ -30,7 +29,7 @@ def from_arrays(arrays:dict) -> Retrieval:
     ranks = [place[np.diff(query, prepend=-1) > 0] for query, place in places.values()]
     return Retrieval(*ranks, arrays['owner'].astype(np.int64), places)
 
-# %% ../../nbs/appendix/ranks.ipynb #7f516248
+# %% ../../nbs/appendix/ranks.ipynb #f7d22af8
 def rank_key(stage:int, first:int=0, last:bool=False) -> str:
     "The name of one result of a run: after a stage, on the first clips (0: all), after the last epoch."
     return f'stage{stage}' + '_last' * bool(last) + (f'_first{first}' if first else '')
