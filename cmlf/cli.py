@@ -258,14 +258,25 @@ def doctor() -> list: # of (what, found, text)
 
 # %% ../nbs/18_cli.ipynb #0f4c55dc
 @app.command('doctor')
-def _doctor_command(as_json:bool = _JSON):
+def _doctor_command(run:str = typer.Option('', help='folder of a finished run on AudioCaps: compare it '
+                                                   'with the paper, and list what differs'),
+                    as_json:bool = _JSON):
     "Print what is found, what is missing, and where to get it."
+    if run: return _gap(run, as_json)
     checks = doctor()
     if as_json:
         return print(json.dumps([dict(what=k, found=ok, text=text) for k, ok, text in checks],
                                 indent=1))
     for what, ok, text in checks: print(f'{"ok     " if ok else "missing"}  {what:<20} {text}')
     print('\nThe profiles smoke and mini need only the first five entries.')
+
+# %% ../nbs/18_cli.ipynb #de2494b1
+def _gap(folder, as_json):
+    from cmlf.appendix.gap import beside, checks, gap_report
+    from cmlf.runs import Run
+    if not as_json: return print(gap_report(Run(folder)))
+    scores = beside(found := Run(folder)).to_dict('records')
+    print(json.dumps(dict(scores=scores, checks=[vars(c) for c in checks(found)]), indent=1))
 
 # %% ../nbs/18_cli.ipynb #9a406a1f
 _FOLDERS = 'CMLF_RUNS', 'CMLF_CACHE', 'CMLF_ESC_DIR', 'CMLF_AUDIOCAPS_CSV', 'CMLF_PANNS'

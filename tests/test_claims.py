@@ -136,3 +136,21 @@ def test_scenes_know_their_sources(exp):
     sources = sources_of(exp)
     assert len(sources) == len(exp.corpus.split('test')) and all(sources)
     assert shared(sources).shape == (len(sources),) * 2
+
+# --- the gap to the paper
+
+def test_a_run_on_another_corpus_is_not_compared_with_the_paper(exp):
+    done = cmlf('doctor', '--run', exp.run(exp.spec('baseline', 'scratch')).folder)
+    assert done.returncode == 2 and 'not on AudioCaps' in done.stderr and 'Traceback' not in done.stderr
+
+# --- the page, by papermill
+
+def test_claims_are_tested_from_ranks_alone(exp, tmp_path):
+    done = cmlf('reproduce', '--profile', 'smoke', '--tables', 'claims', '--runs', tmp_path/'runs', '--out', tmp_path/'report',
+                '--ranks', exp.keep, '--only', 'nothing')
+    assert done.returncode == 0, done.stderr
+    frame = pd.read_csv(tmp_path/'report'/'variants.csv')
+    assert frame[frame.seeds > 0].comparison.tolist() and set(frame.verdict) <= {'cannot tell', 'not run'}
+    page = (tmp_path/'report'/'index.html').read_text()
+    assert 'The claims of the paper' in page and 'Variants of stage 3' in page
+    assert not list((tmp_path/'runs').rglob('run.json'))
