@@ -66,13 +66,14 @@ class Effect:
         return (f'{self.value:+.1f} [{self.low:+.1f}, {self.high:+.1f}], p = {self.p:.2g}, '
                 f'{self.seeds} seed{"s" * (self.seeds > 1)}')
 
-def _flips(u, draws=4999):
+def _flips(u, draws):
     "p-value of the sum of `u`, two-sided, if the sign of each clip were a coin toss."
     signs = rng(0, 'flips').integers(0, 2, (draws, len(u)), dtype=np.int8) * 2. - 1
     return float((1 + (np.abs(signs @ u) >= abs(u.sum()) - 1e-9).sum()) / (1 + draws))
 
 def effect(d, # (S, C) from `differences`
            sources=None, # for each clip, the names of its sources; None: independent clips
+           draws:int=4999, # of random signs
           ) -> Effect:
     "The effect with its interval. With one seed the interval is over clips alone."
     seeds, clips = d.shape
@@ -86,7 +87,7 @@ def effect(d, # (S, C) from `differences`
     half = float(stats.t.ppf(.975, freedom)) * se
     p = float(2 * stats.t.sf(abs(value) / se, freedom)) if se else float(value == 0)
     sd = (seeds * v_seeds) ** .5 if seeds > 1 else float('nan')
-    return Effect(value, value - half, value + half, p, _flips(u), sd, v_clips ** .5, seeds)
+    return Effect(value, value - half, value + half, p, _flips(u, draws), sd, v_clips ** .5, seeds)
 
 # %% ../../nbs/appendix/effects.ipynb #7359ecfd
 def simulate(truth:float, # the effect, in points
