@@ -204,8 +204,8 @@ def test_comparisons(exp:Experiment, seeds:int, comparisons=COMPARISONS) -> pd.D
         paper = dict(zip(('paper_t2a', 'paper_a2t'), c.paper))
         line = dict(claim=c.claim, comparison=c.what, decides=c.main) | paper
         for name, e in found.items(): line |= _line(e, name)
-        lines.append(line)
-    return with_verdicts(pd.DataFrame(lines).assign(seeds=lambda f: f.get('seeds', 0)))
+        lines.append(dict(seeds=0) | line)
+    return with_verdicts(pd.DataFrame(lines))
 
 def with_verdicts(frame:pd.DataFrame) -> pd.DataFrame:
     "The frame with a verdict per line; p-values of lines that decide are corrected together."
