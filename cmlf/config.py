@@ -131,6 +131,8 @@ class BatchConfig(Settings):
     batch_size:int = 32
     kinds:tuple = setting(('easy', 'random', 'hard'), choices=KINDS) # batches of stages 1 to 3
     ancillary:str = setting('both', choices=('audio', 'text', 'both')) # embeddings to mine from
+    vectors_from:str = setting('baseline', choices=('baseline', 'start')) # whose: those of a trained
+    # baseline, as in the paper, or of the model that the stage starts from
     remine:bool = True # new batches of equal quality in every epoch; False: mined once
     groups:bool = True # clips with the same meaning never share a batch; paper: False
     neighbours:int = 0 # pairs in one group of a hard batch; 0: the whole batch, as in the paper
@@ -208,8 +210,9 @@ class CurriculumConfig(Settings):
     epochs:int = setting(50, positive=True) # of a joint run
     budget:str = setting('per_stage', choices=BUDGETS) # of a staged run, see the table above
     stage_split:tuple = (20, 10, 20) # proportions of the stages
+    trains:tuple = setting(('audio', 'text', 'both'), choices=('audio', 'text', 'both')) # by stage
     keep_start:bool = True # if no epoch is better, a stage returns its initial model; paper: False
-    restart_schedule:bool = True # each stage restarts the learning rate schedule
+    restart_schedule:bool = True # each stage restarts the learning rate schedule, and the optimiser
     freeze_head:bool = False # whether the projection head of a frozen encoder is frozen too
     frozen_mode:str = setting('eval', choices=('eval', 'train')) # of a frozen encoder: dropout or not
     last_rate:float = setting(1., positive=True) # of both learning rates in the last of three stages
@@ -220,6 +223,8 @@ class CurriculumConfig(Settings):
         if len(self.stage_split) != 3 or min(self.stage_split) < 1:
             raise CmlfError(f'setting stage_split={self.stage_split} should be three whole numbers '
                             'above zero, such as 8+4+6')
+        if len(self.trains) != 3:
+            raise CmlfError(f'setting trains={self.trains} should say for three stages what they train')
         self.stage_epochs # raises an error if there are too few epochs
 
     @property

@@ -188,7 +188,8 @@ def fit(self:Experiment, spec:RunSpec, folder:Path, log) -> dict:
     model, p = self.new_model(spec), run_profile(self.profile, spec)
     stages = stages_of(p, spec)
     self.check_captions(model.text)
-    vectors, seconds = self.vectors(spec) if spec.chm else (None, 0.)
+    others = spec.chm and p.batches.vectors_from == 'baseline'
+    vectors, seconds = self.vectors(spec) if others else (None, 0.)
     train, val = (self.pairs(s, model) for s in ('train', 'val'))
     test = self.pairs('test', model) if 'test' in self.corpus.splits else None
     trainer = Trainer(model, train, val, p, stages, spec.seed, vectors, test,

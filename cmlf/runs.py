@@ -239,7 +239,8 @@ def parents(self:RunStore, spec:RunSpec) -> list:
     tagger = ([self.spec('tagger', seed=spec.seed)]
               if spec.audio == 'pretrained' and not self.profile.tagger.panns else [])
     # the paper does not say which baseline gives the vectors: ours has the same initial weights
-    baseline = [self.spec('baseline', spec.audio, seed=spec.seed)] if spec.chm else []
+    others = spec.chm and run_profile(self.profile, spec).batches.vectors_from == 'baseline'
+    baseline = [self.spec('baseline', spec.audio, seed=spec.seed)] if others else []
     start = ([replace(spec, system='stages12', changes='', loss='')]
              if spec.system == 'stage3' else [])
     return tagger + baseline + start

@@ -51,8 +51,9 @@ def curriculum_stages(profile:Profile, # its `batches.kinds` and `curriculum`
                      ) -> list:
     "3CMLF's three stages (II-E)."
     kinds = profile.batches.kinds if chm else ('random',) * 3
-    return [Stage(kind, trainable, n, trainable == 'both') for kind, trainable, n
-            in zip(kinds, ('audio', 'text', 'both'), profile.curriculum.stage_epochs)]
+    c = profile.curriculum
+    return [Stage(kind, trainable, n, last) for kind, trainable, n, last
+            in zip(kinds, c.trains, c.stage_epochs, (False, False, True))]
 
 # %% ../nbs/11_training.ipynb #27920007
 class Tokens:
@@ -243,7 +244,7 @@ class Trainer:
             pairs and replace(pairs, store=for_device(pairs.store, self.dev))
             for pairs in (train, val, test))
         self.history, self.stage_outputs, self.best = [], [], dict(val=-1.0)
-        self.optimiser = self.loss = self.teacher = None
+        self.optimiser = self.loss = self.teacher = self.own_vectors = None
         self.precision = precision(profile.optimiser.amp, self.dev)
         plan = repr((stages, seed, profile, len(train)))
         self.checkpoint = Checkpoint(checkpoint, plan, save_every)
@@ -255,7 +256,7 @@ class Trainer:
 # %% ../nbs/11_training.ipynb #c7bd229c
 def _check_trainer(t):
     mined = [s.kind for s in t.stages if s.kind != 'random']
-    if mined and t.vectors is None:
+    if mined and t.vectors is None and t.profile.batches.vectors_from == 'baseline':
         raise CmlfError(f'{mined[0]} batches are mined: give ancillary vectors, '
                         'one per training pair')
     if t.vectors is not None and len(t.vectors) != len(t.train):
@@ -274,7 +275,8 @@ def batches(self:Trainer) -> np.ndarray:
     "(M, B) the batches of this epoch, in random order."
     s, p = self.stages[self.stage], self.profile.batches
     # random batches depend on the number of vectors, not on their values
-    vectors = self.vectors if s.kind != 'random' else np.ones((len(self.train), 1), np.float32)
+    vectors = self.own_vectors if p.vectors_from == 'start' else self.vectors
+    if s.kind == 'random': vectors = np.ones((len(self.train), 1), np.float32)
     epoch = self.epoch if p.remine or s.kind == 'random' else 0
     mixture = dict(neighbours=p.neighbours, skip=p.skip) if s.kind == 'hard' else {}
     if s.kind != 'random': mixture |= dict(share=p.mined_share, drop=p.drop)
@@ -382,13 +384,31 @@ def start_stage(self:Trainer):
     self.scored = {name: view(pairs, amp=False)
                    for name, pairs in dict(val=self.val, test=self.test).items() if pairs}
     self.set_loss()
+    self.set_vectors()
+    self.set_optimiser()
+
+@patch
+def set_optimiser(self:Trainer):
+    "A new optimiser, unless one schedule goes on over stages that train the same encoders."
+    s, p, c, m = self.stages[self.stage], self.profile.optimiser, self.profile.curriculum, self.model
+    before = self.stages[self.stage - 1].trainable if self.stage else ''
+    goes_on = self.optimiser and not c.restart_schedule and before == s.trainable
+    rate = c.last_rate if s.last else 1
     text = [q for q in m.text.parameters() if q.requires_grad]
     other = [q for n, q in m.named_parameters()
              if q.requires_grad and not n.startswith('text.')]
-    rate = c.last_rate if s.last else 1
     groups = [dict(params=ps, lr=lr, peak=lr * rate)
               for ps, lr in ((other, p.lr), (text, p.text_lr)) if ps]
-    self.optimiser = torch.optim.Adam(groups, fused=True)
+    if not goes_on: self.optimiser = torch.optim.Adam(groups, fused=True)
+    for g, new in zip(self.optimiser.param_groups, groups): g['peak'] = new['peak']
+
+@patch
+def set_vectors(self:Trainer):
+    "For a mined stage, the ancillary vectors of the model at its start, if they are asked for."
+    s, p = self.stages[self.stage], self.profile.batches
+    if p.vectors_from == 'baseline' or s.kind == 'random' or self.own_vectors is not None: return
+    e = ancillary_vectors(self.model, self.train, p.ancillary, dev=self.dev)
+    self.own_vectors = torch.as_tensor(e)
 
 @patch
 def set_loss(self:Trainer):
@@ -443,7 +463,7 @@ def end_stage(self:Trainer):
     if test: end['audio'], end['text'] = embed(self.model, test, dev=self.dev)
     self.stage_outputs.append(end)
     self.stage, self.epoch, self.best = self.stage + 1, 0, dict(val=-1.0)
-    self.teacher = None
+    self.teacher = self.own_vectors = None
 
 # %% ../nbs/11_training.ipynb #840d99ef
 @patch
@@ -492,7 +512,7 @@ def record(self:Trainer, loss:float,
              f"val {scores['val']:.1f}, {seconds:.0f} s")
 
 # %% ../nbs/11_training.ipynb #408f3db4
-_STATE = 'best', 'stage_outputs', 'stage', 'epoch', 'history', 'precision', 'teacher'
+_STATE = 'best', 'stage_outputs', 'stage', 'epoch', 'history', 'precision', 'teacher', 'own_vectors'
 
 @patch
 def save(self:Trainer):

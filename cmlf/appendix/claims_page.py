@@ -14,7 +14,7 @@ from scipy import stats
 
 from cmlf.appendix.comparisons import (
     SCORES, Comparison, Point, decided, joint_oscillation, test_comparisons, variant_point,
-    variants_of)
+    variants_of, ways_of)
 from .effects import detectable, seeds_for
 from .geometry import geometry
 from ..core import write_text
@@ -197,6 +197,17 @@ def show_variants(self:ClaimsReport) -> pd.DataFrame:
     return _write(self, 'variants', 'Variants of stage 3', frame, pretty_variants(frame), [
         'After the last epoch, against random batches in stage 3, from the same model after stage 2 '
         'with the same number of updates.'])
+
+@patch
+def show_ways(self:ClaimsReport) -> pd.DataFrame:
+    "Whole ways to train against joint training, written as `ways`."
+    frame = test_comparisons(self.exp, self.seeds, ways_of())
+    found = frame[frame.seeds > 0]
+    if len(found):
+        self.figure(forest_figure(found, found.comparison, 'effect against joint training, points of R@1'), 'ways',
+                    'Ways to train, against joint training with as many updates.')
+    return _write(self, 'ways', 'Ways to train, against joint training', frame, pretty_variants(frame).rename(
+        columns={'Stage 3': 'Training'}), ['With as many updates as joint training; audio encoder from scratch.'])
 
 _SHOWN = {'joint': Point('baseline'), 'after stage 2': Point('stages12', chm=True),
           **{name: variant_point(name) for name in (
