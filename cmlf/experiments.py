@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from .appendix.distributed import from_first, processes, rank
+from .appendix.distributed import agree, from_first, processes, rank
 from .appendix.experts import (encoder_words, extract, load_expert, load_words,
                                    own_experts)
 from .baselines import CE, CESettings, ranger, train_ce
@@ -357,7 +357,9 @@ def train_on(data, # corpus on disk
     spec = exp.spec(one_of(system, ['3cmlf', 'baseline'], 'system'),
                     'pretrained' if profile.tagger.panns else 'scratch',
                     chm and system == '3cmlf', seed=seed)
-    from_first(_move, exp.run(spec).folder, out)
+    folder = exp.run(spec).folder
+    agree(folder.name, 'run') # all processes of this run have read it: it may be moved now
+    from_first(_move, folder, out)
     return Run(out)
 
 def _move(folder, out):
