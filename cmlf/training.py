@@ -275,8 +275,8 @@ def batches(self:Trainer) -> np.ndarray:
     "(M, B) the batches of this epoch, in random order."
     s, p = self.stages[self.stage], self.profile.batches
     # random batches depend on the number of vectors, not on their values
-    vectors = self.own_vectors if p.vectors_from == 'start' else self.vectors
     if s.kind == 'random': vectors = np.ones((len(self.train), 1), np.float32)
+    else: vectors = self.own_vectors if p.vectors_from == 'start' else self.vectors
     epoch = self.epoch if p.remine or s.kind == 'random' else 0
     mixture = dict(neighbours=p.neighbours, skip=p.skip) if s.kind == 'hard' else {}
     if s.kind != 'random': mixture |= dict(share=p.mined_share, drop=p.drop)
@@ -406,7 +406,7 @@ def set_optimiser(self:Trainer):
 def set_vectors(self:Trainer):
     "For a mined stage, the ancillary vectors of the model at its start, if they are asked for."
     s, p = self.stages[self.stage], self.profile.batches
-    if p.vectors_from == 'baseline' or s.kind == 'random' or self.own_vectors is not None: return
+    if s.kind == 'random' or p.vectors_from == 'baseline' or self.own_vectors is not None: return
     e = ancillary_vectors(self.model, self.train, p.ancillary, dev=self.dev)
     self.own_vectors = torch.as_tensor(e)
 
