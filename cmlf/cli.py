@@ -88,7 +88,7 @@ def _reproduce_command(
     for n in numbers:
         names = ('claims.md', 'variants.md') if n == 'claims' else (f'table{n}.md', f'claims{n}.md')
         for name in names: print((index.parent/name).read_text())
-    if comparison := against_committed(index.parent): print(comparison + '\n')
+    if 1 in numbers and (comparison := against_committed(index.parent)): print(comparison + '\n')
     print(f'report: {index}')
 
 # %% ../nbs/18_cli.ipynb #5211ba3d

@@ -10,6 +10,7 @@ __all__ = ['AUDIO', 'BUDGETS', 'ENCODERS', 'COMPARISONS', 'CONTROL', 'VARIANTS',
 # %% ../../nbs/appendix/comparisons.ipynb #2714137f
 import contextlib, itertools, json
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ import pandas as pd
 from .effects import Effect, differences, effect
 from ..experiments import Experiment
 from ..metrics import holm
-from ..runs import NotRun, Run, RunSpec
+from ..runs import NotRun, RankRun, Run, RunSpec
 from ..tables import ROWS
 
 # %% ../../nbs/appendix/comparisons.ipynb #894cd923
@@ -190,11 +191,17 @@ def results(exp:Experiment, p:Point, seed:int) -> Run:
     "The finished run of a score; `NotRun` if it is not known and may not be trained."
     return exp.result(p.spec(exp, seed))
 
+@lru_cache(1)
 def sources_of(exp:Experiment) -> list|None:
     "For each test clip, the sources that it is composed of; None for a corpus of recordings."
     clips = exp.corpus.split('test').clips
     try: return [[e['source'] for e in json.loads(c.source)['events']] for c in clips]
     except (ValueError, KeyError, TypeError): return None
+
+@lru_cache(512) # the same run is part of many comparisons
+def _ranks(folder, p): # a `Retrieval`
+    run = (RankRun if folder.is_file() else Run)(folder)
+    return run.retrieval(p.stage, last=p.last)
 
 def measured(exp:Experiment, pairs, # of (Point, Point)
              seeds:int,
@@ -204,8 +211,7 @@ def measured(exp:Experiment, pairs, # of (Point, Point)
     rows = []
     for seed in range(seeds):
         with contextlib.suppress(NotRun):
-            found = [[results(exp, p, seed).retrieval(p.stage, last=p.last) for p in pair]
-                     for pair in pairs]
+            found = [[_ranks(results(exp, p, seed).folder, p) for p in pair] for pair in pairs]
             rows.append(np.mean([differences([a], [b], k, direction)[0] for a, b in found], axis=0))
     return effect(np.stack(rows), sources_of(exp)) if rows else None
 
