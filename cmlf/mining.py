@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from .appendix.batch_search import anneal, assign_slot, choose_dropped, local_search
 from .appendix.bounds import hard_bound, sampled_bound
-from .appendix.mixtures import groups_outside, pack
+from .appendix.mixtures import groups_outside, others, pack
 from .appendix.neighbours import bisect
 from .batches import (Task, batch_sums, contributions, easy_bound, group_constraints,
                           largest_group, mean_similarity, median_cosine, mine_median, mine_random,
@@ -168,13 +168,13 @@ def _search(task:Task, kind:str, neighbours:int, skip:int):
     return batches, dropped
 
 def _best_search(times:int, given:tuple, *how):
-    "The best of several searches: its task, batches and dropped."
+    "The best of several searches: its task and batches."
     best = None
     for _ in range(times):
         task = Task(*given)
         batches, dropped = _search(task, *how)
         value = float(contributions(task, batches).mean())
-        if best is None or value > best[0]: best = value, task, batches, dropped
+        if best is None or value > best[0]: best = value, task, batches
     return best[1:]
 
 # %% ../nbs/07_mining.ipynb #f4708bda
@@ -182,12 +182,6 @@ def _drawn(drop, n, kept, stream, device):
     "The vectors that take part: all, or `kept` random ones."
     some = np.sort(stream.permutation(n)[:kept]) if drop == 'random' else np.arange(n)
     return torch.from_numpy(some).to(device)
-
-def _others(n, batches):
-    "The vectors that are in no batch, ascending."
-    out = torch.ones(n, dtype=torch.bool, device=batches.device)
-    out[batches.flatten()] = False
-    return out.nonzero().squeeze(1)
 
 def _remix(task, batches, share):
     "A share of the batches as they are; the members of the others in random batches."
@@ -243,10 +237,10 @@ def mine(embeddings, # (N, d) ancillary vectors, array or tensor; their length d
     times = 1 if kind == 'random' or not sweeps else max(1, min(8, 256 // len(x)))
     some = _drawn(one_of(drop, ('mined', 'random'), 'drop'), len(x), m * b, parts, x.device)
     used, labels = (v if v is None or len(some) == len(x) else v[some] for v in (x, apart))
-    task, batches, dropped = _best_search(times, (used, m, b, labels, stream, weight, sweeps),
-                                          kind, neighbours, skip)
+    task, batches = _best_search(times, (used, m, b, labels, stream, weight, sweeps),
+                                 kind, neighbours, skip)
     if share < 1: batches = _remix(task, batches, share)
-    batches, dropped = some[batches[task.shuffled(m)]], _others(len(x), some[batches])
+    batches, dropped = some[batches[task.shuffled(m)]], others(len(x), some[batches])
     quality, batches = mean_similarity(x, batches), batches.cpu().numpy()
     dropped = dropped.cpu().numpy()
     assert (np.bincount(np.r_[batches.ravel(), dropped], minlength=len(x)) == 1).all(), kind

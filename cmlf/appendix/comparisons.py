@@ -15,11 +15,11 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 
-from .effects import Effect, differences, effect
+from .effects import WORDS, Effect, differences, effect, sign
 from ..experiments import Experiment
 from ..metrics import holm
 from ..runs import NotRun, RankRun, Run, RunSpec
-from ..tables import ROWS
+from ..tables import paper_row
 
 # %% ../../nbs/appendix/comparisons.ipynb #894cd923
 @dataclass(frozen=True)
@@ -50,12 +50,7 @@ class Comparison:
 AUDIO = 'scratch', 'pretrained'
 
 def _row(table, p:Point): # the paper's row of a score
-    name = {'baseline': 'ResNet38+BERT', '3cmlf': '3CMLF'}[p.system]
-    for r in ROWS:
-        same = (r.table, r.system, r.audio, r.scale) == (table, name, p.audio, p.scale)
-        chm = p.system == 'baseline' or r.chm == ('yes' if p.chm else 'no')
-        if same and chm and (table != 2 or r.stage == p.stage): return r
-    raise KeyError(p)
+    return paper_row(table, p.system, p.audio, p.chm, scale=p.scale, stage=p.stage)
 
 def paper_gap(table:int, # of the paper
               pairs:tuple) -> tuple:
@@ -241,19 +236,13 @@ def with_verdicts(frame:pd.DataFrame) -> pd.DataFrame:
     ps, tested = frame[['t2a_p', 'a2t_p']].copy(), frame.decides & frame.t2a_p.notna()
     if tested.any():
         ps.loc[tested] = holm(ps[tested].to_numpy().ravel()).reshape(-1, 2)
-    signs = [[_sign(r[d], r[f'{d}_low'], r[f'{d}_high'], ps.loc[i, f'{d}_p'], r.seeds)
+    signs = [[sign(r[d], r[f'{d}_low'], r[f'{d}_high'], ps.loc[i, f'{d}_p'], r.seeds)
               for d in ('t2a', 'a2t')] for i, r in frame.iterrows()]
     return frame.assign(t2a_p=ps.t2a_p, a2t_p=ps.a2t_p, verdict=[_judge(s) for s in signs])
 
-def _sign(value, low, high, p, seeds): # 1, -1, 0 (cannot tell), or None (not run)
-    if pd.isna(value): return None
-    if seeds < 2 or p >= .05 or low <= 0 <= high: return 0
-    return 1 if value > 0 else -1
-
-def _judge(signs):
+def _judge(signs): # of both directions
     if None in signs: return 'not run'
-    if sum(signs) == 0: return 'cannot tell'
-    return 'supported' if sum(signs) > 0 else 'contradicted'
+    return WORDS[int(np.sign(sum(signs)))]
 
 # %% ../../nbs/appendix/comparisons.ipynb #6f75f269
 def decided(frame:pd.DataFrame, # from `test_comparisons`

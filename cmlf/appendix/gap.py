@@ -16,20 +16,15 @@ from ..core import CmlfError
 from ..experiments import METRICS
 from ..metrics import interval
 from ..runs import Run
-from ..tables import ROWS
+from ..tables import AUDIOCAPS, paper_row
 
 # %% ../../nbs/appendix/gap.ipynb #60089304
-_NAMES = {'baseline': 'ResNet38+BERT', '3cmlf': '3CMLF', 'ce': 'CE', 'moee': 'MoEE'}
-
 def row_of(run:Run):
     "The row of Table I or III that a run repeats, or a `CmlfError`."
-    s, same = run.metadata['spec'], None
-    chm = {'3cmlf': 'yes' if s['chm'] else 'no'}.get(s['system'], '')
+    s = run.metadata['spec']
     scale = s['batch_size'] / 32 if s['audio'] else 1
-    for r in ROWS:
-        if r.table != 2 and r.paper and (r.system, r.audio, r.chm, r.scale) == (
-                _NAMES.get(s['system']), s['audio'], chm, scale): same = same or r
-    if same: return same
+    for table in (1, 3):
+        if same := paper_row(table, s['system'], s['audio'], s['chm'], scale=scale): return same
     raise CmlfError(f'{run.folder}: the paper has no row for {run.metadata["name"]}; it has CE, MoEE, joint '
                     'training, and 3CMLF with batches of 16, 32 and 64')
 
@@ -52,7 +47,7 @@ class Check:
     differs:bool   # whether the run differs from the paper in this
     found:str      # what the run has, and what the paper has
 
-CLIPS = dict(train=49_274, test=957) # of the paper
+CLIPS = {split: clips for split, (clips, _) in AUDIOCAPS.items()} # of the paper
 
 def _weights(m, p):
     a, t = p['audio'], p['text']
