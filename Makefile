@@ -82,21 +82,21 @@ hooks: .venv/dev
 	@touch $@
 
 .venv/dev: .venv/installed
-	$(PIP) -e '.[dev,data,words,cluster,devices]'
+	$(PIP) -e '.[dev,data,words,cluster,devices,search]'
 	@touch $@
 
 .venv/site: .venv/dev
-	$(PIP) -e '.[dev,data,words,cluster,devices,site]'
+	$(PIP) -e '.[dev,data,words,cluster,devices,search,site]'
 	@touch $@
 
 .venv/lab: .venv/dev
-	$(PIP) -e '.[dev,data,words,cluster,devices,lab]'
+	$(PIP) -e '.[dev,data,words,cluster,devices,search,lab]'
 	@touch $@
 
 # newer versions of everything: a fresh environment without constraints, frozen
 constraints: .venv/bin/python
 	rm -rf .venv-new && $(BIN)/python -m venv .venv-new
-	.venv-new/bin/python -m pip install -q -e '.[dev,data,words,cluster,devices,lab,site]'
+	.venv-new/bin/python -m pip install -q -e '.[dev,data,words,cluster,devices,search,lab,site]'
 	{ grep '^#' constraints.txt; .venv-new/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; grep ';' constraints.txt; } > constraints.new
 	mv constraints.new constraints.txt && rm -rf .venv-new
 
