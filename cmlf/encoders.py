@@ -21,6 +21,8 @@ from .appendix.bert import (
 from .appendix.checkpoints import (
     check_files, check_settings, mismatch, panns_weights, read_settings)
 from .appendix.dropout import dropout, swap_dropout
+from .appendix.encoding import Encodes
+from .appendix.hub import Travels
 from .appendix.narrow import conv3x3
 from .appendix.packing import last_states
 from .config import Profile
@@ -241,7 +243,7 @@ class ProjectionHead(nn.Sequential):
         super().__init__(nn.Linear(n_in, hidden), nn.ReLU(), nn.Linear(hidden, n_out))
 
 # %% ../nbs/08_encoders.ipynb #061e58b1
-class DualEncoder(nn.Module):
+class DualEncoder(Encodes, Travels, nn.Module):
     "Two encoders, each with an `n_out`, and their heads: x = f(a), y = g(t) (II-A)."
     def __init__(self, audio:nn.Module, # (B, frames, 64) -> (B, audio.n_out)
                  text:nn.Module, # tokens -> (B, text.n_out), with a `tokenize`
