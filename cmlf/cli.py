@@ -218,6 +218,51 @@ def _evaluate_command(run:str = typer.Argument(..., help='folder of a finished r
         raise CmlfError(f'{run}: no finished run here (no run.json); train one with `cmlf train`')
     print_facts(evaluate_on(Run(run), data, split, relevance, at), as_json)
 
+# %% ../nbs/18_cli.ipynb #4f2ba377
+@app.command('index')
+def _index_command(folder:str = typer.Argument(..., help='folder of sounds, with all folders below'),
+                   model:str = typer.Option(..., help='a saved model, a finished run, a model of the '
+                                                      "hub, or 'demo'"),
+                   out:str = typer.Option(..., help='folder of the index; an index that is there is '
+                                                    'updated'),
+                   captions:str = typer.Option('', help='table with path (or file_name) and caption '
+                                                        '(default: manifest.csv in the folder)'),
+                   as_json:bool = _JSON):
+    "Index a folder of sounds; only new and changed files are encoded."
+    from cmlf.search import build_index
+    facts = build_index(folder, model, out, captions)
+    skipped = facts.pop('skipped')
+    if as_json: return print_facts(facts | dict(skipped=skipped, out=out), True)
+    for file, why in skipped.items(): log(f'skipped {file}: {why}')
+    print_facts(facts | dict(skipped=len(skipped), out=out), False)
+
+def _print_hits(hits, as_json):
+    rows = [dict(rank=h.rank, score=h.score, file=h.file, path=str(h.path), start=h.start,
+                 stop=h.stop, seconds=h.seconds, captions=h.captions) for h in hits]
+    if as_json: return rows
+    print(hits.table().to_markdown(index=False, floatfmt='.3f', disable_numparse=True))
+
+# %% ../nbs/18_cli.ipynb #6cad9911
+@app.command('search')
+def _search_command(index:str = typer.Argument(..., help='folder of an index'),
+                    query:str = typer.Argument('', help='a sentence'),
+                    k:int = typer.Option(10, '-k', help='number of results'),
+                    audio:str = typer.Option('', help='a sound file: find similar sounds, and '
+                                                      'sentences that describe it'),
+                    model:str = typer.Option('', help='the model, if its folder was moved'),
+                    as_json:bool = _JSON):
+    "Search an index with a sentence or a sound."
+    from cmlf.search import SoundIndex
+    if bool(query.strip()) == bool(audio):
+        raise CmlfError('give a sentence, such as "a dog barks in the rain", or --audio FILE')
+    found = SoundIndex.open(index, model)
+    hits = found.similar(audio, k) if audio else found.find(query, k)
+    rows = _print_hits(hits, as_json)
+    sentences = found.sentences(audio, k) if audio else []
+    if as_json: return print(json.dumps(dict(query=query or audio, hits=rows, sentences=sentences), indent=1))
+    if sentences: print()
+    for s in sentences: print(f'{s["rank"]:>3}  {s["score"]:.3f}  {s["caption"]}')
+
 # %% ../nbs/18_cli.ipynb #56405377
 _FIXES = {'disk': 'free some space: the runs of mini take about 1 GB',
           'jupyter kernel': 'pip install ipykernel',

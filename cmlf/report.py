@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import soundfile
 import torch
 from fastcore.basics import patch
 
 from .appendix.comparisons import claims_needed
+from .appendix.figures import write_mp3, write_spectrogram
 from .appendix.page import (all_runs, flat_settings, read_records, render, view_cards,
                                 view_page)
 from .config import (PATH_SETTINGS, Profile, expert_files, get_profile, locate, pick,
@@ -26,7 +26,6 @@ from .core import (CmlfError, atomic_path, commit, committed, has_kernel, log, m
                        read_json, versions, write_json, write_text)
 from .data import safe_name
 from .experiments import METRICS, MORE, Experiment
-from .features import SAMPLE_RATE, LogMel
 from .runs import (ROOT, RUN_VERSION, RankRun, Run, call_all, is_done, is_known,
                        jobs_for)
 from .tables import (TITLES, check_needs, claims, pretty, pretty_claims, runs_needed, table,
@@ -190,22 +189,6 @@ def pick_queries(found, # a retrieval result with `t2a_ranks`
         return list(first.values())[:n]
     return distinct(order), distinct(order[::-1])
 
-# %% ../nbs/16_report.ipynb #84c08fa0
-def _write_picture(wave, path): # a spectrogram
-    import matplotlib.pyplot as plt
-    mel = LogMel(hop=640)(torch.as_tensor(wave)[None])[0].T
-    fig, ax = plt.subplots(figsize=(2.6, 1.2))
-    ax.imshow(mel, origin='lower', aspect='auto', cmap='magma', vmin=float(mel.max()) - 70)
-    ax.axis('off')
-    with atomic_path(path) as tmp:
-        fig.savefig(tmp, dpi=80, bbox_inches='tight', pad_inches=0, format='png')
-    plt.close(fig)
-
-def _write_sound(wave, path):
-    with atomic_path(path) as tmp:
-        soundfile.write(tmp, wave, SAMPLE_RATE, format='MP3', bitrate_mode='VARIABLE',
-                        compression_level=0.7)
-
 # %% ../nbs/16_report.ipynb #7156e71e
 @patch
 def clip_card(self:Report, i:int # index in the test set
@@ -216,8 +199,8 @@ def clip_card(self:Report, i:int # index in the test set
     name = safe_name(clip.id) # a clip id may contain what no file name and no URL can
     card = dict(id=clip.id, caption=clip.raw[0], picture=f'figures/{name}.png',
                 sound=f'sounds/{name}.mp3', credit=clip.credit)
-    _write_picture(wave, self.out/card['picture'])
-    _write_sound(wave, self.out/card['sound'])
+    for key, write in dict(picture=write_spectrogram, sound=write_mp3).items():
+        with atomic_path(self.out/card[key]) as tmp: write(wave, tmp)
     return card
 
 # %% ../nbs/16_report.ipynb #79fdf2c0
