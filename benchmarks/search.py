@@ -60,7 +60,7 @@ def page(found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--quick', action='store_true', help='30,000 vectors
+    parser.add_argument('--quick', action='store_true', help='30,000 vectors')
     parser.add_argument('--out', type=Path)
     parser.add_argument('--job', default='', help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from .appendix.card import write_card
 from .appendix.distributed import agree, from_first, processes, rank
 from .appendix.experts import (encoder_words, extract, load_expert, load_words,
                                    own_experts)
@@ -360,7 +361,9 @@ def train_on(data, # corpus on disk
     folder = exp.run(spec).folder
     agree(folder.name, 'run') # all processes of this run have read it: it may be moved now
     from_first(_move, folder, out)
-    return Run(out)
+    run = Run(out)
+    from_first(write_card, run)
+    return run
 
 def _move(folder, out):
     # run.json is moved last: a folder with run.json counts as finished
