@@ -3,6 +3,8 @@
 PYTHON ?= $(firstword $(foreach p,python3.11 python3 python3.12 python3.13,$(if $(shell $(p) -c '$(SUPPORTED)' 2>/dev/null && echo yes),$(p))))
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 EVENTS ?= $(CMLF_ESC_DIR)
+QUERY  ?= a dog barks while it rains
+SOUNDS ?=
 ARGS   ?=
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install -q -c constraints.txt
@@ -10,7 +12,7 @@ SITE   := _site
 
 CAPTIONS ?= $(CMLF_AUDIOCAPS_CSV)
 
-.PHONY: tables field test lint lab rehearsal benchmarks mining gpu export notebooks site serve hooks constraints clean
+.PHONY: demo tables field test lint lab rehearsal benchmarks mining gpu export notebooks site serve hooks constraints clean
 
 tables: .venv/installed
 	$(BIN)/cmlf reproduce --profile mini $(ARGS)
@@ -26,6 +28,15 @@ test: .venv/dev
 # names that do not resolve, imports that nobody uses, and other errors that can be seen without running
 lint: .venv/dev
 	$(BIN)/ruff check
+
+# search the embedded corpus with the packaged model; then a folder of your own: make demo SOUNDS=/path/to/sounds
+DEMO := runs/demo
+demo: .venv/search
+	@if [ -z "$(SOUNDS)" ] && [ ! -f $(DEMO)/sounds/manifest.csv ]; then \
+		$(BIN)/cmlf data --profile mini --out $(DEMO)/sounds --split test > /dev/null; fi
+	$(BIN)/cmlf index "$(or $(SOUNDS),$(DEMO)/sounds)" --model demo --out $(DEMO)/$(if $(SOUNDS),own,index)
+	@$(BIN)/cmlf search $(DEMO)/$(if $(SOUNDS),own,index) "$(QUERY)" -k 5
+	@echo "more: .venv/bin/cmlf search $(DEMO)/$(if $(SOUNDS),own,index) \"your sentence\", or in a browser: .venv/bin/cmlf serve $(DEMO)/$(if $(SOUNDS),own,index)"
 
 lab: .venv/lab
 	$(BIN)/jupyter lab nbs/index.ipynb
@@ -79,6 +90,10 @@ hooks: .venv/dev
 
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) -e .
+	@touch $@
+
+.venv/search: .venv/installed
+	$(PIP) -e '.[search]'
 	@touch $@
 
 .venv/dev: .venv/installed

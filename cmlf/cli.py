@@ -113,6 +113,7 @@ def _data_command(profile:str = typer.Option('mini', help='profile of the corpus
                  data:str = typer.Option('', help='corpus on disk'),
                  out:str = typer.Option('', help='write the clips as .wav with a manifest.csv '
                                                  'here'),
+                 split:str = typer.Option('', help='with --out: only train, val or test'),
                  set_:list[str] = _SET, as_json:bool = _JSON):
     "Describe the corpus of a profile, or write it as sound files and a manifest."
     from cmlf.config import COMPOSED, get_profile
@@ -124,7 +125,7 @@ def _data_command(profile:str = typer.Option('mini', help='profile of the corpus
     parts = {s: corpus.split(s) for s in corpus.splits}
     facts = dict(name=corpus.name, hash=corpus.hash, description=corpus.description,
                  **{s: dict(clips=len(p), captions=len(p.captions)) for s, p in parts.items()})
-    if out: facts['manifest'] = str(write_corpus(corpus, out))
+    if out: facts['manifest'] = str(write_corpus(corpus.split(split) if split else corpus, out))
     print_facts(facts, as_json)
 
 # %% ../nbs/18_cli.ipynb #31c092a8

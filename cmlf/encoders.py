@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as nnf
 
@@ -25,6 +25,7 @@ from .appendix.encoding import Encodes
 from .appendix.hub import Travels
 from .appendix.narrow import conv3x3
 from .appendix.packing import last_states
+from .appendix.small import read_weights
 from .config import Profile
 from .core import CmlfError, atomic_path, file_hash, one_of, write_json
 from .features import N_MELS
@@ -389,7 +390,7 @@ def load(cls:DualEncoder, folder) -> DualEncoder:
     with torch.random.fork_rng(devices=[]):
         model = cls(ResNet38(**found['audio']), TextEncoder.load(folder/'text'),
                     found['joint_dim'], found['head_hidden'])
-    entries = load_file(weights)
+    entries = read_weights(folder)
     if wrong := mismatch(entries, model.state_dict(), finite=False):
         raise CmlfError(f'{weights}: does not fit the model in {path.name}; '
                         f'save the model again. {wrong}')

@@ -56,7 +56,7 @@ def _matched(found, root, files, path): # {file: captions}, with a word about fi
 
 # %% ../nbs/17_search.ipynb #81ad3ecc
 INDEX_VERSION = 1
-_WEIGHTS = 'model.safetensors', 'encoders.json', 'text/text.json'
+_WEIGHTS = 'model.safetensors', 'small.safetensors', 'encoders.json', 'text/text.json'
 
 def fingerprint(folder # of a model
                ) -> str:
