@@ -96,7 +96,10 @@ print(sentences @ sounds.T)
 or `cmlf index my_sounds --model FOLDER --out my_index`, then `cmlf search my_index "a dog barks"`.
 '''
 
-def model_card(run:Run) -> str:
+def model_card(run:Run,
+               title:str='', # '': the name of the run
+               folder:str='FOLDER', # name of the model in the examples
+              ) -> str:
     "The card of a finished run of a dual encoder."
     m = run.metadata
     found = run.retrieval() if (run.folder/'test.npz').exists() else None
@@ -104,8 +107,9 @@ def model_card(run:Run) -> str:
     scores = 'It was trained without a test set, so there are no scores.' if found is None else (
         f'On the test set ({found.pool["clips"]} clips, {found.pool["captions"]} captions; '
         f'{m["pool"]["coverage"]}), percent, with 95 % intervals over clips:\n\n{_score_table(found)}')
-    return _PAGE.format(head=_head(m, found).to_yaml(), name=m['name'], facts=facts, scores=scores,
-                        licence=_DATA[m['profile']['corpus']['source']][1])
+    page = _PAGE.format(head=_head(m, found).to_yaml(), name=title or m['name'], facts=facts,
+                        scores=scores, licence=_DATA[m['profile']['corpus']['source']][1])
+    return page.replace('FOLDER', folder)
 
 # %% ../../nbs/appendix/card.ipynb #64e59322
 def write_card(run:Run):
