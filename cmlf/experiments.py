@@ -9,6 +9,7 @@ __all__ = ['DUAL', 'METRICS', 'MORE', 'EXPERT_TOKENS', 'Experiment', 'scores', '
 # %% ../nbs/14_experiments.ipynb #c4b12658
 import os, time
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +24,17 @@ from .appendix.distributed import agree, from_first, processes, rank
 from .appendix.experts import (encoder_words, extract, load_expert, load_words,
                                    own_experts)
 from .baselines import CE, CESettings, ranger, train_ce
-from .config import COMPOSED, PATH_SETTINGS, Profile, expert_files
-from .core import (CmlfError, absolute, atomic_path, autocast, device, log, one_of, precision,
-                       rng, seed_everything)
+from .config import COMPOSED, PATH_SETTINGS, VECTORS, Profile, clap_name, expert_files
+from .core import (CmlfError, absolute, atomic_path, autocast, content_hash, device, log, one_of,
+                       path_hash, precision, read_json, read_npy, rng, seed_everything)
 from .data import SPLITS, read_relevance
-from .encoders import DualEncoder, ResNet38, TextEncoder
-from .features import SAMPLE_RATE, LogMel, build_store
+from .encoders import DualEncoder, TextEncoder, audio_encoder, front_end
+from .features import SAMPLE_RATE, build_store
 from .layouts import load_corpus
 from .loss import max_margin
 from .metrics import DIRECTIONS, KS, retrieval
-from .runs import Run, RunSpec, RunStore, run_profile
+from .mining import unit_vectors
+from .runs import Run, RunSpec, RunStore, run_profile, saved_vectors
 from .soundscapes import compose, tagging_corpus
 from .training import (PairedSplit, Trainer, ancillary_vectors, curriculum_stages, embed,
                            fit_tagger, joint_stages, mean_average_precision, tokens_of)
@@ -67,6 +69,8 @@ def _check_files(p):
     "Raise an error if a setting names a missing file."
     named = [('panns', p.tagger.panns), ('words', p.ce.words),
              *(('expert_features', f) for f in expert_files(p.experts.expert_features).values())]
+    if p.batches.vectors_from not in VECTORS:
+        named.append(('vectors_from', str(saved_vectors(p.batches.vectors_from))))
     for key, path in named:
         if path and not Path(path).exists():
             raise CmlfError(f'setting {key}={path!r}: no such file; see `cmlf doctor`')
@@ -94,21 +98,38 @@ def describe(self:Experiment) -> dict:
 
 # %% ../nbs/14_experiments.ipynb #9ee5a7e9
 @patch
-def store(self:Experiment, corpus):
+def store(self:Experiment, corpus,
+          front, # a front end, as `front_end` of a model returns it
+         ):
     "The log-mels of a corpus, computed once and stored."
-    return build_store(self.runs/'features', corpus.keys, corpus.waveform,
-                       LogMel(hop=self.profile.audio.hop), self.profile.audio.seconds)
+    return build_store(self.runs/'features', corpus.keys, corpus.waveform, front,
+                       self.profile.audio.seconds)
+
+_SENTENCE = 'A dog barks at 12:30, the fire crackles.'
+
+def _token_key(text): # texts with the same key have the same tokens
+    return content_hash(text.tokenize([_SENTENCE, 'a'])['input_ids'].numpy(),
+                        getattr(text, 'longest', 0))
+
+@patch
+def tokens_for(self:Experiment, split:str, text):
+    "The captions of a split as `Tokens` of a text encoder."
+    key = split, _token_key(text)
+    if key not in self.tokens: self.tokens[key] = tokens_of(self.corpus.split(split), text)
+    return self.tokens[key]
 
 @patch
 def pairs(self:Experiment, split:str, # 'train', 'val' or 'test'
           model, # a `DualEncoder`
+          hop:int=0, # samples at 32 kHz between two frames; 0: the profile's
          ) -> PairedSplit:
     "A split as `PairedSplit`, for training and scoring."
-    if split not in self.splits:
-        part = self.corpus.split(split)
-        if split not in self.tokens: self.tokens[split] = tokens_of(part, model.text)
-        self.splits[split] = PairedSplit.of(part, self.store(part), self.tokens[split])
-    return self.splits[split]
+    front = model.front_end(hop or self.profile.audio.hop)
+    key = split, _token_key(model.text), content_hash(front.settings)
+    if key not in self.splits:
+        part, tokens = self.corpus.split(split), self.tokens_for(split, model.text)
+        self.splits[key] = PairedSplit.of(part, self.store(part, front), tokens)
+    return self.splits[key]
 
 # %% ../nbs/14_experiments.ipynb #98714f96
 @patch
@@ -120,19 +141,22 @@ def check_captions(self:Experiment, text):
                 f'{self.data or self.corpus.name}: no {need} clips, but training needs them (val '
                 f'selects the best epoch); give some rows split={need}, or leave out the split '
                 'column: then clips are split 80/10/10')
-    for split in self.corpus.splits:
-        if split not in self.tokens:
-            self.tokens[split] = tokens_of(self.corpus.split(split), text)
+    for split in self.corpus.splits: self.tokens_for(split, text)
 
 @patch
 def prepare(self:Experiment, specs:list):
     "Check the corpus; if several runs share its log-mels, compute them."
-    if any(s.system in DUAL for s in specs):
-        self.check_captions(TextEncoder(self.profile.text.text_model))
+    models = [DualEncoder.from_profile(p) for p in _networks(self.profile, specs)]
+    for model in models: self.check_captions(model.text)
     for split in SPLITS:
         if split not in self.corpus.splits: self.corpus.split(split) # raises an error
     if len(specs) > 1:
-        for split in self.corpus.splits: self.store(self.corpus.split(split))
+        for model, split in product(models, self.corpus.splits):
+            self.store(self.corpus.split(split), model.front_end(self.profile.audio.hop))
+
+def _networks(profile, specs): # one profile for each pair of front end and text model
+    found = [run_profile(profile, s) for s in specs if s.system in DUAL]
+    return {(p.audio.encoder, p.text.text_model): p for p in found}.values()
 
 # %% ../nbs/14_experiments.ipynb #2f732cc6
 @patch
@@ -170,11 +194,19 @@ def new_model(self:Experiment, spec:RunSpec) -> DualEncoder:
     model, panns = DualEncoder.from_profile(p), p.tagger.panns
     if spec.system == 'stage3': # the model after stage 2
         model.load_state_dict(load_file(self.start(spec).folder/'model.safetensors'))
-    elif spec.audio == 'pretrained' and panns: model.audio.load_panns(panns)
+    elif spec.audio == 'pretrained' and panns: _load_panns(model.audio, panns)
+    elif clap_name(p.audio.encoder): # its audio encoder is pre-trained
+        if spec.audio == 'scratch': model.audio = model.audio.new_weights()
     elif spec.audio == 'pretrained':
-        tagger = self.run_folder(self.spec('tagger', seed=spec.seed))
-        model.audio.load_state_dict(load_file(tagger/'model.safetensors'))
+        tagger = next(s for s in self.parents(spec) if s.kind == 'tagger')
+        model.audio.load_state_dict(load_file(self.run_folder(tagger)/'model.safetensors'))
     return model
+
+def _load_panns(audio, path):
+    if not hasattr(audio, 'load_panns'):
+        raise CmlfError(f'setting panns={path!r}: PANNs published weights of resnet38 and cnn14, '
+                        f'not of {type(audio).__name__}; leave panns out, or change encoder')
+    audio.load_panns(path)
 
 # %% ../nbs/14_experiments.ipynb #369c507e
 def stages_of(profile:Profile, # of the run, as `run_profile` gives it
@@ -189,10 +221,10 @@ def fit(self:Experiment, spec:RunSpec, folder:Path, log) -> dict:
     model, p = self.new_model(spec), run_profile(self.profile, spec)
     stages = stages_of(p, spec)
     self.check_captions(model.text)
-    others = spec.chm and p.batches.vectors_from == 'baseline'
+    others = spec.chm and p.batches.vectors_from != 'start'
     vectors, seconds = self.vectors(spec) if others else (None, 0.)
-    train, val = (self.pairs(s, model) for s in ('train', 'val'))
-    test = self.pairs('test', model) if 'test' in self.corpus.splits else None
+    train, val, test = (self.pairs(s, model, p.audio.hop) if s in self.corpus.splits else None
+                        for s in SPLITS)
     trainer = Trainer(model, train, val, p, stages, spec.seed, vectors, test,
                       folder/'checkpoint.pt', log=log, first=2 * (spec.system == 'stage3'))
     history = pd.DataFrame(trainer.fit())
@@ -242,26 +274,57 @@ def _write_vectors(path, e, seconds):
 @patch
 def vectors(self:Experiment, spec:RunSpec) -> tuple: # (N, d) unit vectors, and seconds
     "The ancillary vectors for a mined run, computed once and stored in the folder of the baseline."
-    which = run_profile(self.profile, spec).batches.ancillary
+    p = run_profile(self.profile, spec).batches
+    which, source = p.ancillary, p.vectors_from
+    if source not in VECTORS: return self.given_vectors(source, which)
     base = self.spec('baseline', spec.audio, seed=spec.seed)
-    path = self.run(base).folder/f'ancillary_{which}.npz'
+    folder = self.run(base).folder
+    return self.vectors_of(folder, which, folder/f'ancillary_{which}.npz')
+
+@patch
+def vectors_of(self:Experiment, folder:Path, # of a saved model
+               which:str, # 'audio', 'text' or 'both'
+               path:Path, # file to keep them in
+               hop:int=0, # as in `pairs`
+              ) -> tuple: # (N, d) unit vectors, and seconds
+    "The ancillary vectors that a saved model gives the training pairs, computed once."
     if not from_first(path.exists):
-        start, model = time.monotonic(), self.trained(base).to(device())
-        e = ancillary_vectors(model, self.pairs('train', model), which)
+        start, model = time.monotonic(), DualEncoder.load(folder).to(device())
+        e = ancillary_vectors(model, self.pairs('train', model, hop), which)
         from_first(_write_vectors, path, e, time.monotonic() - start)
     with np.load(path) as f: return f['e'], float(f['seconds'])
+
+# %% ../nbs/14_experiments.ipynb #31854753
+@patch
+def given_vectors(self:Experiment, source:str, # folder of a saved model, or a .npy file
+                  which:str, # 'audio', 'text' or 'both'; a file has only one kind
+                 ) -> tuple: # (N, d) unit vectors, and seconds
+    "Ancillary vectors from a saved model or from a file."
+    train = self.corpus.split('train')
+    if Path(source).is_dir():
+        model, run = path_hash(saved_vectors(source), 'saved model'), Path(source)/'run.json'
+        audio = read_json(run)['profile']['audio'] if run.exists() else self.profile.audio.asdict()
+        hop, seconds = audio['hop'], self.profile.audio.seconds # the hop that it was trained with
+        key = content_hash(model, which, self.corpus_hash, hop, seconds)
+        return self.vectors_of(Path(source), which, self.runs/'vectors'/f'{key}.npz', hop)
+    e = read_npy(source, 'ancillary vectors')
+    try: e = unit_vectors(e).float().numpy()
+    except CmlfError as error: raise CmlfError(f'{source}: {error}') from None
+    if len(e) != len(train):
+        raise CmlfError(f'{source}: {len(e)} vectors for {len(train)} training clips; give one for '
+                        'each, in the order of the corpus')
+    return e, 0.
 
 # %% ../nbs/14_experiments.ipynb #55ca69b1
 @patch
 def pretrain(self:Experiment, spec:RunSpec, folder:Path, log) -> dict:
     "Pre-train an audio encoder on tagged scenes; returns entries for `run.json`."
-    p, start = self.profile, time.time()
-    scenes = tagging_corpus(p, self.events or None)
+    p, start = run_profile(self.profile, spec), time.time()
+    t, scenes = p.tagger, tagging_corpus(p, self.events or None)
     train, held_out = scenes.split('train'), scenes.split('val')
-    stores = [self.store(part) for part in (train, held_out)]
     seed_everything(int(rng(spec.seed, 'weights').integers(2**31)))
-    a, t = p.audio, p.tagger
-    encoder = ResNet38(a.width, a.dropout, a.block_dropout, a.spec_augment)
+    encoder = audio_encoder(p)
+    stores = [self.store(part, front_end(encoder, p.audio.hop)) for part in (train, held_out)]
     head = fit_tagger(encoder, stores[0], train.tag_matrix, t.pretrain_epochs, t.pretrain_lr,
                       p.batches.batch_size, spec.seed, p.optimiser.amp, log)
     score = mean_average_precision(encoder, head, stores[1], held_out.tag_matrix)
@@ -353,10 +416,11 @@ def train_on(data, # corpus on disk
     if (out/'run.json').exists():
         raise CmlfError(f'{out}: holds a finished run; give another folder')
     exp = Experiment(profile.replace(source='manifest'), out/'work', data=data)
-    exp.check_captions(TextEncoder(profile.text.text_model))
+    exp.check_captions(DualEncoder.from_profile(exp.profile).text)
     exp.profile = _with_two_batches(exp.profile, len(exp.corpus.split('train')))
     spec = exp.spec(one_of(system, ['3cmlf', 'baseline'], 'system'),
-                    'pretrained' if profile.tagger.panns else 'scratch',
+                    'pretrained' if profile.tagger.panns or clap_name(profile.audio.encoder)
+                    else 'scratch',
                     chm and system == '3cmlf', seed=seed)
     folder = exp.run(spec).folder
     agree(folder.name, 'run') # all processes of this run have read it: it may be moved now
@@ -403,7 +467,8 @@ def _evaluation_profile(run):
     "The stored settings, without the files that training started from: they may be deleted."
     try: stored = Profile().replace(**run.metadata['profile'])
     except CmlfError as e: raise CmlfError(f'{run.folder/"run.json"}: {e}') from None
-    return stored.replace(source='manifest', **dict.fromkeys(PATH_SETTINGS, ''))
+    none = dict.fromkeys(PATH_SETTINGS, '') | dict(encoder='resnet38', vectors_from='baseline')
+    return stored.replace(source='manifest', **none)
 
 # %% ../nbs/14_experiments.ipynb #221b6267
 def _seconds(f, repeat=4):
@@ -480,8 +545,9 @@ def measure(exp:Experiment,
     "Seconds and operations per clip or caption, the matrix rate, the number of parameters."
     p, dev, amp = exp.profile, device(), exp.profile.optimiser.amp
     model = _plan_model(p).to(dev).train()
-    frames = int(p.audio.seconds * SAMPLE_RATE) // p.audio.hop + 1
-    x = torch.randn(batch, frames, 64, device=dev)
+    front = model.front_end(p.audio.hop)
+    frames = front.frames(int(p.audio.seconds * SAMPLE_RATE))
+    x = torch.randn(batch, frames, front.n_mels, device=dev)
     tokens = dict(input_ids=torch.randint(1000, 2000, (batch, words), device=dev),
                   attention_mask=torch.ones(batch, words, dtype=torch.long, device=dev))
     time_of = lambda f, *a: _seconds(lambda: f(*a, amp)) / batch

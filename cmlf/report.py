@@ -20,7 +20,7 @@ from .appendix.comparisons import claims_needed
 from .appendix.figures import write_mp3, write_spectrogram
 from .appendix.page import (all_runs, flat_settings, read_records, render, view_cards,
                                 view_page)
-from .config import (PATH_SETTINGS, Profile, expert_files, get_profile, locate, pick,
+from .config import (PATH_SETTINGS, Profile, clap_name, expert_files, get_profile, locate, pick,
                          resolve_paths)
 from .core import (CmlfError, atomic_path, commit, committed, has_kernel, log, machine, one_of,
                        read_json, versions, write_json, write_text)
@@ -373,7 +373,8 @@ def _make_table(n, asked:dict): # parameters of the notebook
     settings = [t for t in asked['settings'].split('; ') if t]
     wanted = resolve_paths(get_profile(asked['profile'], settings))
     files = [wanted.tagger.panns, wanted.ce.words, wanted.text.text_model,
-             *expert_files(wanted.experts.expert_features).values()]
+             *expert_files(wanted.experts.expert_features).values(),
+             clap_name(wanted.audio.encoder), wanted.batches.vectors_from]
     hide_paths(executed, [asked['runs'], asked['ranks'], out, asked['events'], asked['data'], ROOT,
                           *(f for f in files if Path(f).is_absolute())])
     if in_force != wanted.asdict():

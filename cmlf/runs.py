@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['READS', 'RUN_VERSION', 'ROOT', 'RunSpec', 'reads', 'changed_settings', 'run_profile', 'run_config', 'contents',
-           'modules', 'Run', 'save_ranks', 'RankRun', 'runs_folder', 'RunStore', 'not_default', 'NotRun', 'is_done',
-           'is_known', 'jobs_for', 'wait_for', 'call_all']
+           'saved_vectors', 'modules', 'Run', 'save_ranks', 'RankRun', 'runs_folder', 'RunStore', 'not_default',
+           'NotRun', 'is_done', 'is_known', 'jobs_for', 'wait_for', 'call_all']
 
 # %% ../nbs/13_runs.ipynb #26ad780b
-import contextlib, itertools, os, shutil, time
+import contextlib, itertools, os, re, shutil, time
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property, lru_cache
@@ -24,8 +24,8 @@ from .appendix.distributed import agree, from_first, processes, rank
 from .appendix.executors import (LocalExecutor, Task, check_address, executor_for,
                                      gpus)
 from .appendix.ranks import rank_key, read_ranks, write_ranks
-from .config import (GROUPS, PATH_SETTINGS, Profile, expert_files, locate, pick,
-                         resolve_paths)
+from .config import (GROUPS, PATH_SETTINGS, VECTORS, Profile, clap_name, expert_files, locate,
+                         pick, resolve_paths)
 from .core import (CmlfError, absolute, commit, content_hash, device, log, machine, one_of, path_hash,
                        precision, read_json, versions, write_json)
 from .metrics import retrieval, retrieval_from_similarity
@@ -52,8 +52,12 @@ class RunSpec:
     def name(self) -> str:
         "A readable name, for folders and log lines."
         parts = [self.system, self.audio, 'chm' if self.chm else '', self.loss,
-                 *self.changes.split(), f'b{self.batch_size}', f's{self.seed}']
+                 *map(_short, self.changes.split()), f'b{self.batch_size}', f's{self.seed}']
         return '-'.join(p for p in parts if p)
+
+def _short(change): # of a path only the last part: the name is that of a folder
+    key, _, value = change.partition('=')
+    return key + '=' + re.split(r'[/\\:]', value)[-1]
 
 # %% ../nbs/13_runs.ipynb #9265b01f
 READS = dict(
@@ -79,8 +83,9 @@ def changed_settings(spec:RunSpec) -> dict:
 
 def run_profile(profile:Profile, spec:RunSpec) -> Profile:
     "The profile with the batch size, the loss and the changes of the spec."
-    loss = dict(loss=spec.loss) if spec.loss else {}
-    return profile.replace(batch_size=spec.batch_size, **loss).replace(**changed_settings(spec))
+    loss, changes = dict(loss=spec.loss) if spec.loss else {}, changed_settings(spec)
+    found = profile.replace(batch_size=spec.batch_size, **loss).replace(**changes)
+    return resolve_paths(found) if set(PATH_SETTINGS) & {locate(k)[1] for k in changes} else found
 
 def run_config(profile:Profile, spec:RunSpec) -> dict:
     "{setting: value} of all settings that a run of `spec` reads."
@@ -89,13 +94,20 @@ def run_config(profile:Profile, spec:RunSpec) -> dict:
 # %% ../nbs/13_runs.ipynb #4a79c7d9
 def contents(settings:dict) -> dict:
     "The settings, with paths replaced by hashes of the files they name."
-    found = dict(settings)
-    for key in set(PATH_SETTINGS) & set(found):
-        if key == 'expert_features':
-            found[key] = {n: path_hash(f) for n, f in expert_files(found[key]).items()} or ''
-        elif found[key] and (key != 'text_model' or Path(found[key]).is_dir()):
-            found[key] = path_hash(found[key])
-    return found
+    return {k: _content(k, v) if k in PATH_SETTINGS else v for k, v in settings.items()}
+
+def _content(key, value): # of one path setting
+    if key == 'expert_features':
+        return {n: path_hash(f) for n, f in expert_files(value).items()} or ''
+    if key == 'vectors_from': return value if value in VECTORS else path_hash(saved_vectors(value))
+    path = clap_name(value) if key == 'encoder' else value
+    if not path or key in ('text_model', 'encoder') and not Path(path).is_dir(): return value
+    return ('clap:' if key == 'encoder' else '') + path_hash(path)
+
+def saved_vectors(path) -> Path:
+    "The file that identifies ancillary vectors: of the saved model in a folder, or the .npy file."
+    path = Path(path)
+    return path/'encoders.json' if path.is_dir() else path
 
 # %% ../nbs/13_runs.ipynb #18caac77
 RUN_VERSION = dict(core=1, features=3, data=2, soundscapes=1, batches=1, mining=3, encoders=3,
@@ -232,16 +244,24 @@ def spec(self:RunStore, system:str, audio:str='', chm:bool=False,
     size = int(self.profile.batches.batch_size * scale)
     return RunSpec(system, audio, chm, size, seed, loss, changes)
 
+# settings that change the shapes of weights
+_SHAPES = 'encoder', 'width', 'text_model', 'text_layers', 'head_hidden', 'joint_dim'
+
+def _inherited(spec, names): # the changes that a parent needs, so that its weights fit
+    return ' '.join(t for t in spec.changes.split() if locate(t.partition('=')[0])[1] in names)
+
 @patch
 def parents(self:RunStore, spec:RunSpec) -> list:
     "Runs that must be finished first: tagger, baseline (to mine), experts (CE), first two stages."
     if spec.kind == 'ce': return [self.spec('experts', seed=spec.seed)]
-    tagger = ([self.spec('tagger', seed=spec.seed)]
-              if spec.audio == 'pretrained' and not self.profile.tagger.panns else [])
+    p = run_profile(self.profile, spec)
+    new = spec.audio == 'pretrained' and not (p.tagger.panns or clap_name(p.audio.encoder))
+    changes = _inherited(spec, ('encoder', 'width'))
+    tagger = [self.spec('tagger', seed=spec.seed, changes=changes)] if new else []
     # the paper does not say which baseline gives the vectors: ours has the same initial weights
-    others = spec.chm and run_profile(self.profile, spec).batches.vectors_from == 'baseline'
+    others = spec.chm and p.batches.vectors_from == 'baseline'
     baseline = [self.spec('baseline', spec.audio, seed=spec.seed)] if others else []
-    start = ([replace(spec, system='stages12', changes='', loss='')]
+    start = ([replace(spec, system='stages12', changes=_inherited(spec, _SHAPES), loss='')]
              if spec.system == 'stage3' else [])
     return tagger + baseline + start
 
@@ -255,7 +275,7 @@ def _identity(spec): # without the changes: their settings are in the key
 
 def _key(store, spec):
     parents = [store.key(s) for s in store.parents(spec)]
-    panns = store.profile.tagger.panns
+    panns = run_profile(store.profile, spec).tagger.panns
     if spec.audio == 'pretrained' and panns: parents.append(path_hash(panns))
     default = pick(Profile(), ' '.join(GROUPS))
     return content_hash(contents(not_default(run_config(store.profile, spec), default)),

@@ -256,7 +256,7 @@ class Trainer:
 # %% ../nbs/11_training.ipynb #c7bd229c
 def _check_trainer(t):
     mined = [s.kind for s in t.stages if s.kind != 'random']
-    if mined and t.vectors is None and t.profile.batches.vectors_from == 'baseline':
+    if mined and t.vectors is None and t.profile.batches.vectors_from != 'start':
         raise CmlfError(f'{mined[0]} batches are mined: give ancillary vectors, '
                         'one per training pair')
     if t.vectors is not None and len(t.vectors) != len(t.train):
@@ -406,7 +406,7 @@ def set_optimiser(self:Trainer):
 def set_vectors(self:Trainer):
     "For a mined stage, the ancillary vectors of the model at its start, if they are asked for."
     s, p = self.stages[self.stage], self.profile.batches
-    if s.kind == 'random' or p.vectors_from == 'baseline' or self.own_vectors is not None: return
+    if s.kind == 'random' or p.vectors_from != 'start' or self.own_vectors is not None: return
     e = ancillary_vectors(self.model, self.train, p.ancillary, dev=self.dev)
     self.own_vectors = torch.as_tensor(e)
 

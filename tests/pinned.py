@@ -8,8 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FILE = Path(__file__).with_name('pinned.json')
 
-_KEYS = ('READS reads run_profile run_config contents not_default modules _key key spec parents RunSpec '
-         '_ALWAYS _MODULES _DUAL').split()
+_KEYS = ('READS reads run_profile run_config contents _content saved_vectors not_default modules _key key spec _SHAPES _inherited '
+         'parents RunSpec _short _ALWAYS _MODULES _DUAL').split()
 
 PARTS = {   # name in RUN_VERSION -> {module: None, or names of the definitions that count}
     'core': {'core': None, 'config': None},
@@ -19,7 +19,7 @@ PARTS = {   # name in RUN_VERSION -> {module: None, or names of the definitions 
     'batches': {'batches': None},
     'mining': {'mining': None, 'appendix/mixtures': None, 'appendix/neighbours': None, 'appendix/batch_search': None, 'appendix/bounds': None},
     'encoders': {'encoders': None, 'appendix/bert': None, 'appendix/checkpoints': None, 'appendix/dropout': None,
-                 'appendix/narrow': None, 'appendix/packing': None},
+                 'appendix/narrow': None, 'appendix/packing': None, 'appendix/panns': None, 'appendix/models': None},
     'loss': {'loss': None}, 'metrics': {'metrics': None, 'appendix/cosines': None}, 
     'training': {'training': None, 'appendix/linear': None, 'appendix/loading': None, 'appendix/distributed': None},
     'baselines': {'baselines': None, 'appendix/experts': None},
