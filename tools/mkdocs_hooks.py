@@ -49,7 +49,7 @@ def on_config(config):
     rooms = [p for p in notebooks() if not p.endswith('/index.ipynb')]
     config.nav = [
         {'Home': 'index.md'},
-        {'How to': ['howto/index.md', *(f'howto/{n}.md' for n in ('own_sounds', 'audiocaps', 'mining', 'cluster'))]},
+        {'How to': ['howto/index.md', *(f'howto/{n}.md' for n in ('search', 'own_sounds', 'audiocaps', 'mining', 'cluster'))]},
         {'Notebooks': ['nbs/index.ipynb', *rooms, {'Appendix': notebooks('nbs/appendix')}, {'Tables': notebooks('nbs/tables')}]},
         {'API': ['api/index.md', *({m: f'api/{m}.md'} for m in modules())]},
         {'Reports': ['reports/index.md', 'reports/benchmarks/mining.md']},
