@@ -193,11 +193,13 @@ def _check_tokens(captions, names, rows, longest, vocabulary):
 @patch
 def tokenize(self:TextEncoder, captions:list, # sentences
              names:list|None=None, # of the captions, for errors, such as 'my.csv row 12'
+             truncate:bool=False, # cut captions that are too long; else they are an error
             ) -> dict:
     "input_ids and attention_mask, int64 (B, tokens of the longest caption), padded on the right."
     names, captions = _caption_names(captions, names), list(captions)
-    rows = self.tokenizer(captions, padding=False, truncation=False, verbose=False,
-                          return_attention_mask=False)['input_ids']
+    limit = dict(truncation=True, max_length=self.longest) if truncate else dict(truncation=False)
+    rows = self.tokenizer(captions, padding=False, verbose=False, return_attention_mask=False,
+                          **limit)['input_ids']
     _check_tokens(captions, names, rows, self.longest,
                   self.model.get_input_embeddings().num_embeddings)
     ids = nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True,
