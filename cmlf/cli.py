@@ -204,8 +204,8 @@ def _train_command(data:str = _DATA,
 
 # %% ../nbs/18_cli.ipynb #aa9fc41b
 @app.command('evaluate')
-def _evaluate_command(model:str = typer.Argument(..., help='a saved model, a finished run, or a model '
-                                                          'of the hub'),
+def _evaluate_command(model:str = typer.Argument(..., help='a saved model, a finished run, a model of '
+                                                          "the hub, or 'demo'"),
                      data:str = _DATA,
                      against:str = typer.Option('', help='another model, to compare with on the '
                                                          'same clips'),

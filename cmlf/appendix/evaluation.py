@@ -259,7 +259,7 @@ class NamedModel:
     facts:dict  # run (its key, if it is one), model, fingerprint, seconds, hop
 
     @classmethod
-    def open(cls, name # folder of a saved model or of a run, or repository of the hub
+    def open(cls, name # folder of a saved model or of a run; 'demo'; or repository of the hub
             ) -> 'NamedModel':
         "The model with this name."
         folder = model_folder(name)
@@ -319,7 +319,7 @@ def _against(first, second, scores):
     return dict(against=second, same_weights=first['fingerprint'] == second['fingerprint'],
                 comparison=compare(*scores).to_dict('records'))
 
-def evaluate_model(name, # folder of a saved model or of a run, or repository of the hub
+def evaluate_model(name, # folder of a saved model or of a run; 'demo'; or repository of the hub
                    data, # corpus on disk
                    split:str='test', # 'train', 'val' or 'test'
                    relevance='', # file of all relevant clips per caption, for `read_relevance`
