@@ -204,20 +204,24 @@ def _train_command(data:str = _DATA,
 
 # %% ../nbs/18_cli.ipynb #aa9fc41b
 @app.command('evaluate')
-def _evaluate_command(run:str = typer.Argument(..., help='folder of a finished run'),
+def _evaluate_command(model:str = typer.Argument(..., help='a saved model, a finished run, a model of '
+                                                          "the hub, or 'demo'"),
                      data:str = _DATA,
+                     against:str = typer.Option('', help='another model, to compare with on the '
+                                                         'same clips'),
                      split:str = typer.Option('test', help='train, val or test'),
                      relevance:str = typer.Option('', help='csv (caption, file_name) or JSON of '
                                                            'all relevant clips per caption'),
                      at:list[int] = typer.Option([], '--at', help='another K for R@K and mAP@K; '
                                                                   'repeat for more'),
+                     near:int = typer.Option(5, '--near-misses',
+                                             help='clips with the most similar captions that the '
+                                                  'right clip is compared with, per caption'),
                      as_json:bool = _JSON):
-    "Score the model of a run on a split of a corpus."
-    from cmlf.experiments import evaluate_on
-    from cmlf.runs import Run
-    if not (Path(run)/'run.json').exists():
-        raise CmlfError(f'{run}: no finished run here (no run.json); train one with `cmlf train`')
-    print_facts(evaluate_on(Run(run), data, split, relevance, at), as_json)
+    "Score a model on a split of a corpus; with --against, test which of two models is better."
+    from cmlf.appendix.evaluation import evaluate_model
+    found = evaluate_model(model, data, split, relevance, at, against, near)
+    print(json.dumps(found, indent=1) if as_json else found.tables())
 
 # %% ../nbs/18_cli.ipynb #4f2ba377
 @app.command('index')
