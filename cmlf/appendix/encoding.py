@@ -165,7 +165,8 @@ def encode_windows(self:Encodes, sounds:list, # as in `windows_of`
 
 @patch
 def _embed_waves(self:Encodes, front_end, waves):
-    x = front_end(torch.from_numpy(np.stack(waves)).to(self._where()))
+    dev = self._where()
+    x = front_end(torch.from_numpy(np.stack(waves)).to(dev)).to(dev) # that of CLAP stays on the CPU
     return _unit(self.embed_audio(x)).cpu().numpy()
 
 # %% ../../nbs/appendix/encoding.ipynb #c99dc2b9
