@@ -6,7 +6,7 @@
 __all__ = ['LONGEST', 'MOST', 'MAX_BYTES', 'RequestError', 'read_part', 'spectrogram', 'browser_type', 'to_flac', 'Sounds',
            'by_sentence', 'by_sound', 'read_sent', 'Guard', 'page', 'make_app', 'serve']
 
-# %% ../../nbs/appendix/web.ipynb #6032433b
+# %% ../../nbs/appendix/web.ipynb #8ba37524
 import asyncio, base64, contextlib, io, os, re, socket, tempfile, threading
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from .page import render
 from ..core import CmlfError, atomic_path
 from ..features import SAMPLE_RATE, LogMel, as_mono, sound_blocks, sound_file
 
-# %% ../../nbs/appendix/web.ipynb #feb90cda
+# %% ../../nbs/appendix/web.ipynb #e10264e2
 LONGEST = 60 # seconds of sound that one request can ask about
 
 class RequestError(CmlfError):
@@ -30,7 +30,7 @@ def read_part(path, # of a sound file
               start:float, # seconds
               stop:float, # seconds
              ) -> np.ndarray: # (samples,) float32 at 32 kHz
-    "A part of a sound, at most `LONGEST` seconds of it."
+    "A part of a sound, at most `LONGEST` seconds; a `CmlfError` says why it cannot be read."
     if not 0 <= start < stop <= start + LONGEST + .01: # also false for NaN
         raise CmlfError(f'from {start} to {stop} s: should be at most {LONGEST} s, from 0 on')
     with sound_file(path) as f:
@@ -40,7 +40,7 @@ def read_part(path, # of a sound file
         if not blocks: raise CmlfError(f'ends before {start} s')
         return as_mono(np.concatenate(blocks), f.samplerate)
 
-# %% ../../nbs/appendix/web.ipynb #4ca8d8eb
+# %% ../../nbs/appendix/web.ipynb #6a4bbb52
 def spectrogram(wave # (samples,) at 32 kHz
                ) -> bytes: # PNG, 64 pixels high
     "A log-mel spectrogram."
@@ -52,7 +52,7 @@ def spectrogram(wave # (samples,) at 32 kHz
            format='png')
     return out.getvalue()
 
-# %% ../../nbs/appendix/web.ipynb #bc901bf0
+# %% ../../nbs/appendix/web.ipynb #51022d35
 _TYPES = dict(WAV='audio/wav', WAVEX='audio/wav', FLAC='audio/flac', MP3='audio/mpeg',
               OGG='audio/ogg')
 _SAMPLES = 'PCM_U8', 'PCM_16', 'PCM_24', 'PCM_32', 'FLOAT' # of wav files
@@ -64,7 +64,7 @@ def browser_type(path # of a sound file
         if 'WAV' in f.format and f.subtype not in _SAMPLES: return ''
         return _TYPES.get(f.format, '')
 
-# %% ../../nbs/appendix/web.ipynb #543a95c0
+# %% ../../nbs/appendix/web.ipynb #78e68e79
 def to_flac(path, # of a sound file
             out): # path of the copy
     "A copy that browsers play, with one or two channels."
@@ -75,7 +75,7 @@ def to_flac(path, # of a sound file
             for block in sound_blocks(f, f.frames, 2**18):
                 copy.write(block if two else block.mean(1))
 
-# %% ../../nbs/appendix/web.ipynb #d2c83e99
+# %% ../../nbs/appendix/web.ipynb #9b0c7487
 class Sounds:
     "The sounds of an index by number, as a browser can play and show them."
     def __init__(self, index # `SoundIndex`
@@ -113,7 +113,7 @@ class Sounds:
         "PNG of a spectrogram; the last ones are kept."
         return spectrogram(self.part(n, start, stop))
 
-# %% ../../nbs/appendix/web.ipynb #a7b34665
+# %% ../../nbs/appendix/web.ipynb #301776f6
 MOST = 100 # results of one query
 _MAX_QUERY = 1000 # characters
 
@@ -133,7 +133,7 @@ def by_sentence(index, q:str, # the sentence
         raise CmlfError(f'the query has {len(q):,} characters; at most {_MAX_QUERY:,}')
     return dict(sounds=len(index.sounds), results=_results(index.find(q, _checked(k))))
 
-# %% ../../nbs/appendix/web.ipynb #feaa7b31
+# %% ../../nbs/appendix/web.ipynb #74bfe402
 def by_sound(index, wave, # (samples,) at 32 kHz
              name:str, # of the sound
              k:int, # number of results
@@ -146,7 +146,7 @@ def by_sound(index, wave, # (samples,) at 32 kHz
                 picture=f'data:image/png;base64,{picture}', sentences=index.sentences(wave, 5),
                 results=_results(hits))
 
-# %% ../../nbs/appendix/web.ipynb #0c8e2ce2
+# %% ../../nbs/appendix/web.ipynb #a25fb951
 MAX_BYTES = 20_000_000 # of a sound that is sent
 
 async def _received(request):
@@ -179,7 +179,7 @@ def read_sent(body:bytes, # of a sound file
         try: return read_part(path, 0, LONGEST)
         except CmlfError as e: raise CmlfError(f'{name}: {e}') from None
 
-# %% ../../nbs/appendix/web.ipynb #0bc95b0e
+# %% ../../nbs/appendix/web.ipynb #544049d0
 _HOSTS = '127.0.0.1', 'localhost'
 _HEADERS = {
     'content-security-policy':
@@ -190,10 +190,9 @@ _HEADERS = {
     'referrer-policy': 'no-referrer', 'x-content-type-options': 'nosniff',
     'cache-control': 'no-cache'} # another index may be served tomorrow
 
-_headers = [(k.encode(), v.encode()) for k, v in _HEADERS.items()]
-
 class Guard:
     "Middleware: refuses requests of other sites, and adds headers to every answer."
+    headers = [(k.encode(), v.encode()) for k, v in _HEADERS.items()]
     def __init__(self, app): self.app = app
 
     async def __call__(self, scope, receive, send):
@@ -202,14 +201,14 @@ class Guard:
         if scope['type'] != 'http': return await self.app(scope, receive, send)
         async def send_more(message):
             if message['type'] == 'http.response.start':
-                message['headers'] = [*message.get('headers', []), *_headers]
+                message['headers'] = [*message.get('headers', []), *self.headers]
             await send(message)
         asked = Headers(scope=scope)
         own = asked.get('origin', '') in ('', f'http://{asked.get("host")}')
         app = self.app if own else JSONResponse(dict(error='refused: asked by another site'), 403)
         await app(scope, receive, send_more)
 
-# %% ../../nbs/appendix/web.ipynb #d0256981
+# %% ../../nbs/appendix/web.ipynb #ec359877
 def _about(index):
     model = str(index.facts['model'])
     name = Path(model).name if os.path.isabs(model) else model # no path of this machine
@@ -225,10 +224,10 @@ def page(index) -> str: # HTML
     "The page before the first query."
     return render('search.html', about=_about(index), examples=_examples(index), max_bytes=MAX_BYTES,
                   max_seconds=LONGEST, max_results=MOST, max_query=_MAX_QUERY,
-                  placeholder='a dog barks while rain falls')
+                  placeholder='a dog barks in the rain')
 
-_FILES = dict(search_css='text/css', search_js='text/javascript', recorder_js='text/javascript',
-              icon_svg='image/svg+xml')
+_FILES = {'search.css': 'text/css', 'search.js': 'text/javascript',
+          'recorder.js': 'text/javascript', 'icon.svg': 'image/svg+xml'}
 
 def _add_page(app, index):
     from fastapi.responses import HTMLResponse, Response
@@ -238,11 +237,10 @@ def _add_page(app, index):
 
     @app.get('/files/{name}', response_class=Response)
     def _file(name:str):
-        kind = _FILES.get(name.replace('.', '_'))
-        if kind is None: raise RequestError(404, f'no file {name}')
-        return Response(render(name), media_type=kind)
+        if name not in _FILES: raise RequestError(404, f'no file {name}')
+        return Response(render(name), media_type=_FILES[name])
 
-# %% ../../nbs/appendix/web.ipynb #d8e0c24c
+# %% ../../nbs/appendix/web.ipynb #665330d5
 def _add_answers(app, index, sounds):
     from fastapi import Request
     from fastapi.concurrency import run_in_threadpool
@@ -268,11 +266,11 @@ def _add_answers(app, index, sounds):
     @app.post('/like')
     async def _like_mine(request:Request, name:str='sound', k:int=10):
         "Sounds like the one that is sent, as the body of the request."
-        name = ' '.join(name.split())[-100:]
+        name = ' '.join(name.split())[-100:] or 'sound'
         wave = await run_in_threadpool(read_sent, await _received(request), name)
         return await alone(by_sound, index, wave, name, k)
 
-# %% ../../nbs/appendix/web.ipynb #65bdf890
+# %% ../../nbs/appendix/web.ipynb #d1dfa3e9
 def _add_sounds(app, sounds):
     from fastapi.responses import FileResponse, Response
 
@@ -307,7 +305,7 @@ def _add_errors(app):
     def _failed(request, e):
         return answer(500, f'the server failed ({type(e).__name__}); its terminal says more')
 
-# %% ../../nbs/appendix/web.ipynb #c9e1c799
+# %% ../../nbs/appendix/web.ipynb #6e3b192f
 def _installed(name):
     import importlib
     try: return importlib.import_module(name)
@@ -328,7 +326,7 @@ def make_app(index # `SoundIndex`
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=_HOSTS, www_redirect=False)
     return app
 
-# %% ../../nbs/appendix/web.ipynb #409427b1
+# %% ../../nbs/appendix/web.ipynb #ee58e485
 def _listen(host, port): # a socket
     if host not in _HOSTS:
         raise CmlfError(f'host {host}: the page is only for this machine ({_HOSTS[0]}); to see it '
@@ -336,21 +334,24 @@ def _listen(host, port): # a socket
     if not 0 <= port < 2**16: raise CmlfError(f'port {port}: should be from 0 to {2**16 - 1}')
     sock = socket.socket()
     if os.name == 'posix': sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try: sock.bind((_HOSTS[0], port))
+    try: sock.bind((_HOSTS[0], port)); sock.listen()
     except OSError as e:
         sock.close()
         raise CmlfError(f'port {port}: {e.strerror.lower()}; choose another one with '
                         '--port') from None
     return sock
 
+def _server(app):
+    uvicorn = _installed('uvicorn')
+    return uvicorn.Server(uvicorn.Config(app, lifespan='off', log_level='error', access_log=False,
+                                         timeout_graceful_shutdown=1))
+
 def serve(index, # `SoundIndex`
           host:str='127.0.0.1', # or localhost; nothing else
           port:int=8000, # 0: any that is free
          ):
     "Serve the page of an index until Ctrl-C; prints its address."
-    uvicorn = _installed('uvicorn')
+    server = _server(make_app(index))
     with _listen(host, port) as sock:
-        server = uvicorn.Server(uvicorn.Config(make_app(index), log_level='error', lifespan='off',
-                                               access_log=False, timeout_graceful_shutdown=1))
         print(f'http://{host}:{sock.getsockname()[1]} (Ctrl-C ends it)', flush=True)
         with contextlib.suppress(KeyboardInterrupt): server.run([sock])

@@ -10,9 +10,10 @@ let current = null       // the request in progress
 
 // --- numbers as text
 
-function clock(seconds) {
-  const tenths = Math.round(seconds * 10)
-  return `${Math.floor(tenths / 600)}:${String((tenths % 600 / 10).toFixed(1)).padStart(4, '0')}`
+function clock(seconds) { // 0:04.5 or 1:02:03
+  const tenths = Math.round(seconds * 10), all = Math.floor(tenths / 10), two = n => String(n).padStart(2, '0')
+  const h = Math.floor(all / 3600), m = Math.floor(all / 60) % 60, s = all % 60
+  return h ? `${h}:${two(m)}:${two(s)}` : `${m}:${two(s)}.${tenths % 10}`
 }
 
 const whole = hit => hit.stop - hit.start >= hit.seconds - .05
@@ -77,19 +78,25 @@ async function send(upload, k) {
 async function run({focus = false, keep = false} = {}) {
   const asked = request()
   report()
+  say('')
   $('q').value = new URLSearchParams(location.search).get('q') ?? ''
-  document.title = asked?.name ? `${asked.name} – Sound search` : 'Sound search'
   document.body.classList.toggle('asked', !!asked)
   if ($('examples')) $('examples').hidden = !!asked
-  if (!asked) { current?.abort(); busy(false); return $('found').hidden = true }
+  if (!asked) {
+    current?.abort()
+    busy(false)
+    document.title = 'Sound search'
+    return $('found').hidden = true
+  }
   busy(true)
   try { show(await asked.answer(), asked, keep) }
   catch (e) {
     if (e.name === 'AbortError') return
     $('found').hidden = true
+    busy(false)
+    say('')
     report(e.message)
   }
-  busy(false)
   if (focus && !$('found').hidden) { $('heading').focus({preventScroll: true}); scrollTo({top: 0}) }
 }
 
@@ -97,23 +104,28 @@ let slow = 0
 function busy(on) {
   $('found').setAttribute('aria-busy', on)
   clearTimeout(slow)
-  $('status').textContent = ''
-  if (on) slow = setTimeout(() => $('status').textContent = 'Searching…', 200)
+  if (on) slow = setTimeout(() => say('Searching…'), 200)
+}
+
+// What a screen reader says; results are seen by everybody else.
+function say(line, unseen = false) {
+  $('status').textContent = line
+  $('status').classList.toggle('hidden', unseen)
 }
 
 function report(line = '') { $('error').textContent = line }
 
 function show(found, asked, keep) {
   $('found').hidden = false
+  document.title = `${asked.name ?? found.name} – Sound search`
   $('heading').textContent = asked.own ? `Sounds like ${found.name}` : `Sounds for “${asked.name}”`
   showMine(found, asked)
   const list = $('results')
   if (!keep) list.replaceChildren()
   list.append(...found.results.slice(list.children.length).map(card))
   showMore(found)
-  clearTimeout(slow)
-  setTimeout(() => $('status').textContent = found.results.length ? '' : 'Nothing was found.')
-  $('heading').append(element('span', `: ${count(found.results.length, 'result')}`, {className: 'hidden'}))
+  busy(false)
+  say(`${count(found.results.length, 'result')} of ${count(found.sounds, 'sound')}`, true)
 }
 
 function showMine(found, asked) {
