@@ -1,5 +1,5 @@
 "The page of `cmlf serve`: its answers, what it refuses, and what one sees and hears in a browser."
-import contextlib, http.client, json, re, shutil, signal, subprocess, sys, threading, time, urllib.parse, urllib.request
+import contextlib, http.client, json, logging, re, shutil, signal, socket, subprocess, sys, threading, time, urllib.parse, urllib.request
 from types import SimpleNamespace
 
 import numpy as np
@@ -169,9 +169,11 @@ def test_unknown_numbers(ask, address):
     for n in (-1, 12, 10**30): line(ask.get(f'/{address}/{n}'), 404, str(n))
     line(ask.get(f'/{address}/one'), 422, 'n')
 
-def test_a_file_that_is_gone_is_named(index, tmp_path):
-    gone = SimpleNamespace(root=tmp_path, facts=index.facts, sounds=index.sounds)
-    line(client(gone).get(f'/sound/{number(index, "old.aiff")}'), 404, 'old.aiff', 'index the folder again')
+def test_a_file_that_is_gone_or_damaged_is_named(index, tmp_path):
+    ask, n = client(SimpleNamespace(root=tmp_path, facts=index.facts, sounds=index.sounds)), number(index, 'old.aiff')
+    for address in (f'/sound/{n}', f'/spectrogram/{n}', f'/like/{n}'): line(ask.get(address), 404, 'old.aiff', 'index the folder again')
+    (tmp_path/'old.aiff').write_text('no sound')
+    for address in (f'/sound/{n}', f'/spectrogram/{n}', f'/like/{n}'): line(ask.get(address), 400, 'old.aiff', 'not readable as sound')
 
 def test_large_uploads_are_refused_early(ask):
     line(ask.post('/like', content=b'x' * (web.MAX_BYTES + 1)), 413, '20 MB')
@@ -270,6 +272,20 @@ def test_the_page_answers_while_the_model_works(index):
         finally: free.set()
         for t in waiting: t.join(20)
 
+def test_an_interrupted_upload_is_no_error_of_the_server(address):
+    "A new query interrupts the one before."
+    port, seen = urllib.parse.urlsplit(address).port, logging.Handler()
+    seen.emit = lambda record: lines.append(record.getMessage())
+    lines = []
+    logging.getLogger('uvicorn.error').addHandler(seen)
+    try:
+        with socket.create_connection(('127.0.0.1', port)) as s:
+            s.sendall(f'POST /like HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 1000\r\n\r\npart'.encode())
+            time.sleep(.3)
+        time.sleep(.3)
+        assert urllib.request.urlopen(address).status == 200 and lines == []
+    finally: logging.getLogger('uvicorn.error').removeHandler(seen)
+
 def test_only_this_machine_is_served(index):
     for host in ('0.0.0.0', '192.168.0.1', 'example.org', ''):
         with pytest.raises(CmlfError, match='only for this machine'): web.serve(index, host)
@@ -282,16 +298,22 @@ def assert_refused_here(capsys, arguments, *words):
     assert len(error.strip().splitlines()) == 1
     for word in words: assert word in error
 
-def test_serve_ends_quietly(folder, capsys):
-    "The address on stdout, nothing on stderr; Ctrl-C ends it while a browser holds a connection."
-    command = [sys.executable, '-c', 'from cmlf.cli import main; main()', 'serve', folder/'index', '--port', '0']
+def test_serve_ends_quietly(folder, tmp_path, capsys):
+    "The address on stdout, nothing on stderr; Ctrl-C ends it although a player holds a sound that is half sent."
+    shutil.copytree(folder/'index', tmp_path/'index')
+    record = json.loads((tmp_path/'index/index.json').read_text())
+    (tmp_path/'index/index.json').write_text(json.dumps(record | dict(root=str(tmp_path))))
+    soundfile.write(tmp_path/'00.wav', np.zeros(20_000_000, np.int16), 8000)  # too much for the buffers of a connection
+    command = [sys.executable, '-c', 'from cmlf.cli import main; main()', 'serve', tmp_path/'index', '--port', '0']
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         first = process.stdout.readline()
         port = int(re.match(r'http://127\.0\.0\.1:(\d+) ', first)[1])
-        connection = http.client.HTTPConnection('127.0.0.1', port, timeout=20)
-        connection.request('GET', '/search?q=rain')
-        assert len(json.load(connection.getresponse())['results']) == 10
+        connection, player = (http.client.HTTPConnection('127.0.0.1', port, timeout=20) for _ in range(2))
+        connection.request('GET', '/search?q=rain&k=12')
+        found = json.load(connection.getresponse())['results']
+        player.request('GET', f'/sound/{next(r["sound"] for r in found if r["file"] == "00.wav")}')
+        assert len(player.getresponse().read(1000)) == 1000
         assert_refused_here(capsys, ['serve', folder/'index', '--port', port], str(port), 'in use', '--port')
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)

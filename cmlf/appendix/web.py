@@ -7,7 +7,7 @@ __all__ = ['LONGEST', 'MOST', 'MAX_BYTES', 'RequestError', 'read_part', 'spectro
            'by_sentence', 'by_sound', 'read_sent', 'Guard', 'page', 'make_app', 'serve']
 
 # %% ../../nbs/appendix/web.ipynb #8ba37524
-import asyncio, base64, contextlib, io, os, re, socket, tempfile, threading
+import asyncio, base64, contextlib, io, logging, os, re, socket, tempfile, threading
 from functools import lru_cache
 from pathlib import Path
 
@@ -94,20 +94,24 @@ class Sounds:
         raise RequestError(404, f'{self.index.sounds[n]["file"]}: the file is gone; index the '
                                 'folder again')
 
+    @contextlib.contextmanager
+    def _named(self, n): # errors name the file
+        path = self.file(n)
+        try: yield path
+        except CmlfError as e: raise CmlfError(f'{self.index.sounds[n]["file"]}: {e}') from None
+
     def playable(self, n:int) -> tuple: # (path, media type)
         "The file of a sound, or a copy that browsers play."
-        path = self.file(n)
-        if kind := browser_type(path): return path, kind
-        copy = Path(self.copies.name)/f'{n}.flac'
-        with self.lock: # a player asks several times
-            if not copy.exists(): to_flac(path, copy)
-        return copy, 'audio/flac'
+        with self._named(n) as path:
+            if kind := browser_type(path): return path, kind
+            copy = Path(self.copies.name)/f'{n}.flac'
+            with self.lock: # a player asks several times
+                if not copy.exists(): to_flac(path, copy)
+            return copy, 'audio/flac'
 
     def part(self, n:int, start:float, stop:float) -> np.ndarray:
-        "Samples of a sound; an error names the file."
-        path = self.file(n)
-        try: return read_part(path, start, stop)
-        except CmlfError as e: raise CmlfError(f'{self.index.sounds[n]["file"]}: {e}') from None
+        "Samples of a sound."
+        with self._named(n) as path: return read_part(path, start, stop)
 
     def picture(self, n:int, start:float, stop:float) -> bytes:
         "PNG of a spectrogram; the last ones are kept."
@@ -150,16 +154,19 @@ def by_sound(index, wave, # (samples,) at 32 kHz
 MAX_BYTES = 20_000_000 # of a sound that is sent
 
 async def _received(request):
-    "The body of a request, unless it is too large or empty."
+    "The body of a request, unless it is too large, empty, or interrupted."
+    from starlette.requests import ClientDisconnect
     def check(n):
         if n > MAX_BYTES:
             raise RequestError(413, f'the sound is larger than {MAX_BYTES // 10**6} MB; cut it '
                                     'first')
     check(int(request.headers.get('content-length') or 0))
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        check(len(body))
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            check(len(body))
+    except ClientDisconnect: raise RequestError(400, 'the sound did not arrive') from None
     if not body: raise RequestError(400, 'the sound is empty: 0 bytes were sent')
     return bytes(body)
 
@@ -346,6 +353,15 @@ def _server(app):
     return uvicorn.Server(uvicorn.Config(app, lifespan='off', log_level='error', access_log=False,
                                          timeout_graceful_shutdown=1))
 
+@contextlib.contextmanager
+def _quiet_end(server):
+    running = lambda record: not server.should_exit
+    logger = logging.getLogger('uvicorn.error')
+    logger.addFilter(running)
+    try:
+        with contextlib.suppress(KeyboardInterrupt): yield
+    finally: logger.removeFilter(running)
+
 def serve(index, # `SoundIndex`
           host:str='127.0.0.1', # or localhost; nothing else
           port:int=8000, # 0: any that is free
@@ -354,4 +370,4 @@ def serve(index, # `SoundIndex`
     server = _server(make_app(index))
     with _listen(host, port) as sock:
         print(f'http://{host}:{sock.getsockname()[1]} (Ctrl-C ends it)', flush=True)
-        with contextlib.suppress(KeyboardInterrupt): server.run([sock])
+        with _quiet_end(server): server.run([sock])
