@@ -268,6 +268,16 @@ def _search_command(index:str = typer.Argument(..., help='folder of an index'),
     if sentences: print()
     for s in sentences: print(f'{s["rank"]:>3}  {s["score"]:.3f}  {s["caption"]}')
 
+# %% ../nbs/18_cli.ipynb #95d8fe83
+@app.command('serve')
+def _serve_command(index:str = typer.Argument(..., help='folder of an index'),
+                   port:int = typer.Option(8000, help='0: any that is free'),
+                   model:str = typer.Option('', help='the model, if its folder was moved')):
+    "Search an index in a browser, on this machine alone."
+    from cmlf.appendix.web import serve
+    from cmlf.search import SoundIndex
+    serve(SoundIndex.open(index, model), port=port)
+
 # %% ../nbs/18_cli.ipynb #56405377
 _FIXES = {'disk': 'free some space: the runs of mini take about 1 GB',
           'jupyter kernel': 'pip install ipykernel',

@@ -32,7 +32,7 @@ def test_an_empty_folder_of_recordings_is_named(tmp_path):
     assert_refused(cmlf('reproduce', '--profile', 'field', '--events', tmp_path), str(tmp_path))
 
 def test_help_of_every_command():
-    for command in ('reproduce', 'data', 'mine', 'train', 'evaluate', 'doctor'): assert cmlf(command, '--help').returncode == 0
+    for command in ('reproduce', 'data', 'mine', 'train', 'evaluate', 'serve', 'doctor'): assert cmlf(command, '--help').returncode == 0
 
 def test_data_is_the_same_in_every_process(tmp_path):
     hashes = [json.loads(cmlf('data', '--profile', 'smoke', '--json', PYTHONHASHSEED=s).stdout)['hash'] for s in ('1', '2')]

@@ -1,9 +1,10 @@
 "The site: it builds without warnings, all links work, it loads no external files, and its search box works."
-import contextlib, functools, http.server, importlib.util, json, re, resource, subprocess, sys, threading, time, urllib.request
+import contextlib, functools, http.server, importlib.util, re, resource, subprocess, sys, threading
 
 import pytest
 
-from command import ROOT, chromium
+from browser import browser
+from command import ROOT
 
 sys.path.insert(0, str(ROOT/'tools'))
 import links
@@ -75,41 +76,9 @@ def served(folder):
     try: yield f'http://127.0.0.1:{server.server_port}'
     finally: server.shutdown(); server.server_close()
 
-class Tab:
-    "A page in a browser, controlled by the DevTools protocol."
-    def __init__(self, port):
-        import websocket
-        with urllib.request.urlopen(f'http://127.0.0.1:{port}/json', timeout=10) as f: tabs = json.load(f)
-        address = next(t['webSocketDebuggerUrl'] for t in tabs if t['type'] == 'page')
-        self.socket, self.n, self.asked = websocket.create_connection(address, timeout=30, suppress_origin=True), 0, []
-
-    def send(self, method, **params):
-        self.n += 1
-        self.socket.send(json.dumps({'id': self.n, 'method': method, 'params': params}))
-        while (answer := json.loads(self.socket.recv())).get('id') != self.n:
-            if answer.get('method') == 'Network.requestWillBeSent': self.asked.append(answer['params']['request']['url'])
-        return answer['result']
-
-    def value(self, script): return self.send('Runtime.evaluate', expression=script, returnByValue=True)['result'].get('value')
-
-    def wait(self, script, seconds=30):
-        for _ in range(seconds * 5):
-            if (found := self.value(script)): return found
-            time.sleep(.2)
-        raise AssertionError(f'not within {seconds} s: {script}')
-
 @pytest.fixture
 def tab(tmp_path):
-    pytest.importorskip('websocket')
-    profile = tmp_path/'profile'
-    browser = subprocess.Popen([*chromium(profile), '--window-size=1400,900', '--remote-debugging-port=0', 'about:blank'],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(150):
-            if (profile/'DevToolsActivePort').exists(): break
-            time.sleep(.2)
-        yield Tab((profile/'DevToolsActivePort').read_text().split()[0])
-    finally: browser.terminate(); browser.wait(20)
+    with browser(tmp_path/'profile') as tab: yield tab
 
 def test_the_search_box_finds_pages(site, tab):
     with served(site) as address:
