@@ -3,7 +3,7 @@
 PYTHON ?= $(firstword $(foreach p,python3.11 python3 python3.12 python3.13,$(if $(shell $(p) -c '$(SUPPORTED)' 2>/dev/null && echo yes),$(p))))
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 EVENTS ?= $(CMLF_ESC_DIR)
-QUERY  ?= a dog barks while it rains
+QUERY  ?= a dog barks while crickets chirp
 SOUNDS ?=
 ARGS   ?=
 BIN    := .venv/bin
