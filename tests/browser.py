@@ -61,8 +61,9 @@ def browser(profile, # empty folder
     process = subprocess.Popen([*chromium(profile), '--window-size=1400,900', '--remote-debugging-port=0', *options, 'about:blank'],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(150):
-            if (profile/'DevToolsActivePort').exists(): break
+        port = profile/'DevToolsActivePort'
+        for _ in range(300):
+            if port.exists() and port.read_text().split(): break # it is empty for a moment
             time.sleep(.2)
-        yield Tab((profile/'DevToolsActivePort').read_text().split()[0])
+        yield Tab(port.read_text().split()[0])
     finally: process.terminate(); process.wait(20)
