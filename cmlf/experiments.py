@@ -105,11 +105,10 @@ def store(self:Experiment, corpus,
     return build_store(self.runs/'features', corpus.keys, corpus.waveform, front,
                        self.profile.audio.seconds)
 
-_SENTENCE = 'A dog barks at 12:30, the fire crackles.'
-
-def _token_key(text): # texts with the same key have the same tokens
-    return content_hash(text.tokenize([_SENTENCE, 'a'])['input_ids'].numpy(),
-                        getattr(text, 'longest', 0))
+def _token_key(text): # text encoders with the same key give the same tokens
+    text.tokenize(['a']) # turns off padding and truncation, which are part of the description
+    fast = getattr(getattr(text, 'tokenizer', None), 'backend_tokenizer', None)
+    return content_hash(fast.to_str(), text.longest, text.pad_id) if fast else text
 
 @patch
 def tokens_for(self:Experiment, split:str, text):

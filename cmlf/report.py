@@ -134,6 +134,10 @@ def notes(self:Report,
     if not self.is_audiocaps:
         notes.append("Another corpus and narrower encoders than the paper's: its columns are for "
                      "orientation.")
+    kind, _, name = self.exp.profile.audio.encoder.partition(':')
+    if kind != 'resnet38':
+        notes.append(f'Rows of ResNet38 and of 3CMLF have another audio encoder: encoder={kind}' +
+                     (f', {Path(name).name}.' if name else '.'))
     if self.number != 2: notes.append('Minutes include every run that a row builds on, each once.')
     return notes + _table_notes(self.number, self.exp.profile)
 

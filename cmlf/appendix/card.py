@@ -32,7 +32,8 @@ def _facts(m): # m: metadata of a run
             'Clips': f'{p["audio"]["seconds"]:g} s at 32 kHz; longer recordings are encoded in windows',
             'Training': f'{how}, {"mined" if spec["chm"] else "random"} batches of {spec["batch_size"]}, seed {spec["seed"]}, '
                         f'{m["minutes"]:.1f} minutes, {m["precision"]}',
-            'Text encoder': f'{p["text"]["text_model"]}; audio encoder ResNet38 of width {p["audio"]["width"]}',
+            'Encoders': f'audio {p["audio"].get("encoder", "resnet38")}, width {p["audio"]["width"]}; '
+                        f'text {p["text"]["text_model"]}',
             'Code': f'cmlf, commit {m["commit"]}'}
 
 # %% ../../nbs/appendix/card.ipynb #723b2f4e
