@@ -7,7 +7,7 @@ Both have a frozen MiniLM, an audio encoder of width 8, and use the schedule tha
 BatchNorm (`one schedule, groups of 8, BatchNorm fixed` in nbs/appendix/comparisons.ipynb). Runs are stored in runs/demo_model,
 so that an interrupted command resumes. With --esc FOLDER, recall on single recordings of ESC-10 is measured and written to the card.
 """
-import argparse, os, shutil, tempfile
+import argparse, os, re, shutil, tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,10 @@ import numpy as np
 from cmlf.appendix.card import model_card
 from cmlf.appendix.comparisons import WAYS, Point
 from cmlf.appendix.hub import PACKAGED
+from cmlf.appendix.recordings import read_credits
 from cmlf.appendix.small import shrink
 from cmlf.config import get_profile
-from cmlf.core import log
+from cmlf.core import log, write_text
 from cmlf.encoders import DualEncoder
 from cmlf.experiments import Experiment
 
@@ -43,6 +44,17 @@ def on_recordings(model, folder, folds):
     precision = {k: float(np.mean(kinds[np.argsort(-s)[:(kinds == k).sum()]] == k)) for k, s in zip(SENTENCES, S)}
     return len(found), float(right.mean()), precision
 
+_LICENCE = """The recordings of ESC-10 that it was trained on are CC0 or CC BY, two of them CC Sampling+ (which excludes advertisements).
+All of these allow new works made from them if the authors are named: `CREDITS.md` names them. No recording can be heard in the weights.
+The weights themselves have the licence of the code, Apache-2.0."""
+
+def add_credits(folder, out):
+    "Name the recordings of the training folds in the folder of the model; an error if one has no credit."
+    found = read_credits(folder)
+    stems = sorted(p.stem for p in Path(folder).glob('[0-9]* - */*.ogg') if p.name[0] in '123')
+    lines = [f'- {s}: {found[s]}' for s in stems]
+    write_text(out/'CREDITS.md', f'# Recordings\n\nThe model was trained on scenes of these {len(lines)} recordings of ESC-10.\n\n' + '\n'.join(lines) + '\n')
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--events', default='', help='folder of recordings in the layout of ESC-10: train on scenes of them')
@@ -61,10 +73,12 @@ def main():
         model.card = model.card.replace('## Licence', f'On {n} single recordings of ESC-10 ({"fold 5, which it was not trained on" if args.events else "real sounds; it has only heard synthesised ones"}), '
                                         f'the right one of ten sentences such as “A dog barks.” is the nearest for {100 * accuracy:.0f} % '
                                         f'(chance: 10 %). Share of right kinds among the first hits of each sentence, percent: {kinds}.\n\n## Licence')
+    if args.events: model.card = re.sub(r'(?<=## Licence\n\n).*?(?=\n\n## Limits)', _LICENCE, model.card, flags=re.S)
     with tempfile.TemporaryDirectory() as tmp:
         model.save_pretrained(Path(tmp)/'whole')
         shutil.rmtree(out, ignore_errors=True)
         shrink(Path(tmp)/'whole', out)
+    if args.events: add_credits(args.events, out)
     size = sum(f.stat().st_size for f in out.rglob('*') if f.is_file())
     log(f'{out}: {size / 1e6:.1f} MB, {run.retrieval()}')
 

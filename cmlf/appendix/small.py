@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .bert import load_bert, packaged_minilm
+from .hub import sentence_files
 from ..core import CmlfError, atomic_path, file_hash, read_json, write_json
 
 # %% ../../nbs/appendix/small.ipynb #999984fc
@@ -45,6 +46,7 @@ def shrink(folder, # of a saved model
     shutil.copytree(folder/'text', out/'text')
     for name in ('config.json', 'README.md'):
         if (folder/name).exists(): shutil.copy(folder/name, out/name)
+    sentence_files(out)
     with atomic_path(out/_SMALL) as tmp: save_file(entries, tmp)
     found = read_json(folder/'encoders.json')
     files = {k: v for k, v in found['files'].items() if k != _WHOLE} | {_SMALL: file_hash(out/_SMALL)}
