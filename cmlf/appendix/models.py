@@ -176,7 +176,9 @@ def clap_text(bert, # a BERT-type model of transformers
     table[pad + 1:] = weights[place][_first(old):]
     weights |= {place: table, kind: weights[kind][:1]}
     missing, more = model.load_state_dict(weights, strict=False)
-    assert not more and all(k.startswith(('pooler.', *_CONSTANT)) for k in missing), (missing, more)
+    if wrong := more + [k for k in missing if not k.startswith(('pooler.', *_CONSTANT))]:
+        raise CmlfError(f'a text model of type {old.model_type!r} does not fit into CLAP: '
+                        f'{listed(wrong)}; set text_model to one of type bert or roberta')
     return model.float()
 
 # buffers that are computed, not trained
