@@ -166,7 +166,9 @@ def _mine(vectors, batch_size, kind, groups, threshold, **options):
     from cmlf.core import device, read_npy
     from cmlf.mining import largest_group, mine, near_duplicates, unit_vectors
     labels = read_npy(groups, 'groups') if groups else None
-    x = unit_vectors(read_npy(vectors, 'vectors')).to(device())
+    rows = read_npy(vectors, 'vectors')
+    try: x = unit_vectors(rows).to(device())
+    except CmlfError as e: raise CmlfError(f'{vectors}: {e}') from None
     if threshold is not None:
         labels = near_duplicates(x, threshold, labels)
         if (most := largest_group(labels)) > len(x) / 2:
@@ -351,6 +353,9 @@ def run_command(arguments:list|None=None, # None: those of the command line
     except (KeyboardInterrupt, typer.Abort):
         log('cmlf: stopped; the same command resumes'); return 130
     except BrokenPipeError: return 141
+    except OSError as e: # a path that cannot be read or written, or a full disk
+        if not (path := e.filename2 or e.filename): raise
+        message = f'{path}: {(e.strerror or str(e)).lower()}; check this path and its disk'
     except Exception as e:
         if not hasattr(e, 'format_message'): raise # only errors of command-line usage have it
         message = e.format_message()

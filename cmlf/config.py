@@ -10,7 +10,8 @@ __all__ = ['COMPOSED', 'SOURCES', 'ENCODER_KINDS', 'VECTORS', 'LOSSES', 'BUDGETS
            'expert_files', 'resolve_paths']
 
 # %% ../nbs/01_config.ipynb #fa725dc2
-import dataclasses, math
+import dataclasses, math, os
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -19,15 +20,23 @@ from .core import KINDS, CmlfError, absolute, as_bool, one_of
 # %% ../nbs/01_config.ipynb #b9c764b3
 def _number(text, cast, key):
     try: value = float(text)
-    except (TypeError, ValueError): value = math.nan
-    if not math.isfinite(value) or (cast is int and value != int(value)):
-        raise CmlfError(f'setting {key}={text!r} should be '
+    except (TypeError, ValueError, OverflowError): value = math.nan
+    # above 2**53, not every whole number is a float
+    if not math.isfinite(value) or cast is int and (value != int(value) or abs(value) > 2**53):
+        raise CmlfError(f'setting {key}={text!r:.60} should be '
                         f'{"a whole number" if cast is int else "a number"}')
     return cast(value)
 
+def _text(value, key):
+    if isinstance(value, (str, os.PathLike, int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise CmlfError(f'setting {key}={value!r:.60} should be text')
+
 def _tuple(value, cast, key):
-    parts = value.replace('+', ',').split(',') if isinstance(value, str) else list(value)
-    return tuple(_number(p, int, key) if cast is int else str(p).strip() for p in parts)
+    if not isinstance(value, (str, list, tuple)):
+        raise CmlfError(f'setting {key}={value!r:.60} should be a list, as in a+b+c')
+    parts = value.replace('+', ',').split(',') if isinstance(value, str) else value
+    return tuple(_number(p, int, key) if cast is int else _text(p, key).strip() for p in parts)
 
 # %% ../nbs/01_config.ipynb #d798c479
 def typed(key:str, # name of the setting, for messages
@@ -40,15 +49,17 @@ def typed(key:str, # name of the setting, for messages
     if cast in (int, float):
         if isinstance(value, bool): raise CmlfError(f'setting {key}={value!r} should be a number')
         return _number(value, cast, key)
-    return _tuple(value, item, key) if cast is tuple else str(value)
+    return _tuple(value, item, key) if cast is tuple else _text(value, key)
 
 # %% ../nbs/01_config.ipynb #8641b1bc
 def setting(default, # its type is the type of the setting
             choices:tuple=(), # allowed values, or allowed members of a tuple
             positive:bool=False, # whether the value must be above zero
+            least:float|None=None, # the smallest value that is allowed
            ):
     "A field of a `Settings` group."
-    return field(default=default, metadata=dict(choices=choices, positive=positive))
+    return field(default=default, metadata=dict(choices=choices, positive=positive,
+                                                least=least))
 
 def _checked(f, value): # a dataclass field and its new value
     limits, key = f.metadata, f.name
@@ -57,6 +68,8 @@ def _checked(f, value): # a dataclass field and its new value
         if limits.get('choices'): one_of(v, limits['choices'], key)
     if limits.get('positive') and value <= 0:
         raise CmlfError(f'setting {key}={value} should be above zero')
+    if limits.get('least') is not None and value < limits['least']:
+        raise CmlfError(f'setting {key}={value} should be {limits["least"]} or more')
     return value
 
 # %% ../nbs/01_config.ipynb #e8878017
@@ -81,10 +94,10 @@ SOURCES = *COMPOSED, 'audiocaps', 'clotho', 'manifest'
 class CorpusConfig(Settings):
     "The clips of a run."
     source:str = setting('audiocaps', choices=SOURCES)
-    n_train:int = 0        # number of scenes to compose; 0 for a corpus on disk
-    n_val:int = 0
-    n_test:int = 0
-    subset:int = 0         # also score the first `subset` test clips; 0: off
+    n_train:int = setting(0, least=0) # number of scenes to compose; 0 for a corpus on disk
+    n_val:int = setting(0, least=0)
+    n_test:int = setting(0, least=0)
+    subset:int = setting(0, least=0) # also score the first `subset` test clips; 0: off
     corpus_seed:int = 0    # of the scenes, which do not depend on the seed of training
 
 # %% ../nbs/01_config.ipynb #fb3710fb
@@ -181,7 +194,7 @@ class OptimiserConfig(Settings):
     text_lr:float = setting(1e-4, positive=True) # text encoder
     schedule:str = setting('step', choices=('step', 'cosine', 'constant')) # of both rates
     lr_step:int = setting(20, positive=True) # 'step': divide by ten every 20 epochs of a joint run
-    clip_norm:float = 2.0 # largest gradient norm, as in the baseline; 0: off
+    clip_norm:float = setting(2.0, least=0) # largest gradient norm, as in the baseline; 0: off
     tau:float = setting(0.07, positive=True) # temperature of Eq. 4
     loss:str = setting('nt_xent', choices=LOSSES) # Eq. 4, or another treatment of hard negatives
     loss_in:str = setting('all', choices=('all', 'last')) # stages that use it; the others: Eq. 4
@@ -254,25 +267,25 @@ class CurriculumConfig(Settings):
 class TaggerConfig(Settings):
     "Pre-training of the audio encoder."
     panns:str = '' # file of PANNs weights; '': train a tagger
-    pretrain_epochs:int = 0 # of the tagger
-    pretrain_scenes:int = 0 # scenes that it is trained on
-    pretrain_lr:float = 1e-3
+    pretrain_epochs:int = setting(0, least=0) # of the tagger
+    pretrain_scenes:int = setting(0, least=0) # scenes that it is trained on
+    pretrain_lr:float = setting(1e-3, positive=True)
 
 @dataclass(frozen=True)
 class ExpertConfig(Settings):
     "Features for CE and MoEE."
     expert_features:str = '' # 'audio=FILE,vggsound=FILE'; '': train two taggers as experts
-    expert_width:int = 8     # channels of the first layer of these taggers
-    expert_epochs:int = 8
+    expert_width:int = setting(8, positive=True)   # channels of the first layer of these taggers
+    expert_epochs:int = setting(8, least=0)
 
 @dataclass(frozen=True)
 class CEConfig(Settings):
     "CE and MoEE; batch size, learning rate and epochs are those of the published code."
     words:str = '' # word2vec or GloVe file; '': word embeddings of the text encoder
-    ce_epochs:int = 20
-    ce_batch_size:int = 128
-    ce_lr:float = 0.01
-    ce_dim:int = 768 # width of CE's joint vectors
+    ce_epochs:int = setting(20, least=0)
+    ce_batch_size:int = setting(128, positive=True)
+    ce_lr:float = setting(0.01, positive=True)
+    ce_dim:int = setting(768, positive=True) # width of CE's joint vectors
 
 # %% ../nbs/01_config.ipynb #2a7adafc
 @dataclass(frozen=True)
@@ -305,7 +318,7 @@ RENAMED = dict(corpus='source', curriculum='kinds') # old names of settings
 
 def locate(key:str) -> tuple: # (group, setting)
     "Find a setting: 'epochs' and 'curriculum.epochs' both give ('curriculum', 'epochs')."
-    group, _, name = key.rpartition('.')
+    group, _, name = str(key).rpartition('.')
     name = name if group else RENAMED.get(name, name)
     known = {f'{g}.{n}' if group else n: (g, n) for n, g in SETTINGS.items()}
     return known[one_of(f'{group}.{name}' if group else name, known, 'setting')]
@@ -365,9 +378,11 @@ def get_profile(name:str, # 'smoke', 'mini', 'field' or 'audiocaps'
     "The named profile, with changes; unknown names and keys are errors."
     profile = PROFILES[one_of(name, PROFILES, 'profile')]
     if not isinstance(settings, dict):
+        if isinstance(settings, str) or not isinstance(settings, Iterable): settings = [settings]
+        settings = [*settings]
         for s in settings:
-            if '=' not in s: raise CmlfError(f'setting {s!r} should be KEY=VALUE, as in epochs=6')
-        settings = dict(s.split('=', 1) for s in settings)
+            if '=' not in str(s): raise CmlfError(f'setting {s!r} should be KEY=VALUE, as in epochs=6')
+        settings = dict(str(s).split('=', 1) for s in settings)
     if 'name' in settings:
         raise CmlfError("setting 'name' is the name of the profile and cannot be changed")
     return replace(profile, settings)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'CmlfError', 'one_of', 'as_bool', 'rng', 'seed_everything', 'atomic_path', 'write_text', 'absolute',
-           'write_json', 'read_json', 'read_npy', 'content_hash', 'file_hash', 'cache_folder', 'cached', 'path_hash',
-           'versions', 'commit', 'committed', 'device', 'has_bf16', 'measured_once', 'bf16_speed', 'prefers_bf16',
-           'precision', 'autocast', 'machine', 'has_kernel', 'Progress', 'log']
+           'write_json', 'no_file', 'read_json', 'read_npy', 'content_hash', 'file_hash', 'cache_folder', 'cached',
+           'path_hash', 'versions', 'commit', 'committed', 'device', 'has_bf16', 'measured_once', 'bf16_speed',
+           'prefers_bf16', 'precision', 'autocast', 'machine', 'has_kernel', 'Progress', 'log']
 
 # %% ../nbs/00_core.ipynb #fe28b0fd
 import contextlib, difflib, functools, hashlib, json, os, platform, random
@@ -23,6 +23,8 @@ warnings.filterwarnings('ignore', 'IProgress not found') # suppress the missing-
 # %% ../nbs/00_core.ipynb #3aaebb17
 class CmlfError(ValueError):
     "Unusable input; the message is one line that names the file, row or key, and the fix."
+    def __init__(self, message): # a name in it may have line breaks
+        super().__init__(' '.join(str(message).splitlines()))
 
 # %% ../nbs/00_core.ipynb #d5b65795
 KINDS = 'easy', 'random', 'median', 'hard' # kinds of batch, for settings and mining
@@ -91,10 +93,19 @@ def write_json(path, obj):
     "Write `obj` as readable JSON, whole or not at all."
     write_text(path, json.dumps(obj, indent=1, ensure_ascii=False) + '\n')
 
+def no_file(path) -> str:
+    "Why a path is not a regular file; '' if it is one. Reading a fifo could never end."
+    if os.path.isfile(path): return ''
+    if os.path.isdir(path): return 'a folder, not a file'
+    if os.path.exists(path): return 'not a regular file'
+    return 'a link to nothing' if os.path.islink(path) else 'no such file'
+
 def read_json(path):
     "Read a JSON file; the error for a broken file names it."
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
+    try:
+        if why := no_file(path): raise OSError(why)
+        return json.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError) as e:
         raise CmlfError(f'{path}: not readable as JSON ({e}); '
                         'delete it and run again') from None
 
@@ -103,13 +114,12 @@ def read_npy(path, # .npy file
              what:str, # what it holds, for messages
             ) -> np.ndarray:
     "The array in a .npy file, or an error that names the file."
-    if not Path(path).is_file():
-        raise CmlfError(f'{path}: no such file; save {what} with numpy.save')
+    if why := no_file(path): raise CmlfError(f'{path}: {why}; save {what} with numpy.save')
     try:
         found = np.load(path, allow_pickle=False)
         if isinstance(found, np.ndarray): return found
         raise ValueError('several arrays')
-    except (OSError, ValueError, EOFError):
+    except Exception: # a broken file can raise errors of many types
         raise CmlfError(f'{path}: holds no array of numbers; save {what} with '
                         'numpy.save') from None
 

@@ -19,7 +19,7 @@ from .appendix.bert import (
     freeze_layers, frozen_layers, ill_matched, keep_layers, load_bert, longest, new_bert,
     packaged_minilm, probe, quiet, read_config, read_tokenizer, tiny_bert)
 from .appendix.checkpoints import (
-    check_files, check_settings, mismatch, panns_weights, read_settings)
+    check_files, check_settings, mismatch, panns_weights, read_settings, usable)
 from .appendix.dropout import dropout, swap_dropout
 from .appendix.encoding import Encodes
 from .appendix.hub import Travels
@@ -344,14 +344,18 @@ def save(self:TextEncoder, folder) -> None:
                dict(transformers=version, probe=ids, files=files))
 
 # %% ../nbs/08_encoders.ipynb #697023bd
-@patch(cls_method=True)
-def load(cls:TextEncoder, folder) -> TextEncoder:
-    "The encoder that was saved in `folder`, with random weights."
-    folder = Path(folder)
+def _text_settings(folder): # of a saved text encoder, whose files are checked
     found = read_settings(folder/'text.json', **_TEXT_SETTINGS,
                           transformers=str, probe=list, files=dict)
     one_of(found['pool'], _POOLS, f'text_pool in {folder/"text.json"}:')
     check_files(folder, found['files'])
+    return found
+
+@patch(cls_method=True)
+def load(cls:TextEncoder, folder) -> TextEncoder:
+    "The encoder that was saved in `folder`, with random weights."
+    folder = Path(folder)
+    found = _text_settings(folder)
     with quiet(), torch.random.fork_rng(devices=[]):
         tokenizer = read_tokenizer(folder, found['probe'], found['transformers'])
         model = new_bert(read_config(folder))
@@ -397,6 +401,24 @@ def save(self:DualEncoder, folder) -> None:
         files={f: file_hash(folder/f) for f in names}, kind=kind))
 
 # %% ../nbs/08_encoders.ipynb #8463d3a3
+def _check_sizes(folder, kind, found, entries):
+    "Compare the sizes of a description with those of the weights, before memory is taken."
+    path, audio = folder/'encoders.json', found['audio']
+    _text_settings(folder/'text')
+    with usable(folder/'text'/'config.json'), quiet(), torch.device('meta'): # shapes only
+        bert = new_bert(read_config(folder/'text'))
+    with usable(path), torch.device('meta'):
+        if not all(0 <= audio.get(k, 0) < 1 for k in ('dropout', 'block_dropout')):
+            raise CmlfError('dropout should be in [0, 1)')
+        encoder = _KINDS[kind](**audio)
+        head = ProjectionHead(encoder.n_out, found['head_hidden'], found['joint_dim'])
+        parts = {'audio.': encoder, 'audio_head.': head, 'text.model.': bert}
+        wanted = {p + k: v for p, m in parts.items() for k, v in m.state_dict().items()}
+    some = {k: v for k, v in entries.items() if k.startswith(tuple(parts))}
+    if wrong := mismatch(some, wanted, finite=False):
+        raise CmlfError(f'{folder/"model.safetensors"}: does not fit the model in {path.name}; '
+                        f'save the model again. {wrong}')
+
 def _rebuilt(cls, folder, kind, found): # with random weights
     audio = load_clap_audio(folder/'audio') if kind == 'clap' else _KINDS[kind](**found['audio'])
     text = TextEncoder.load(folder/'text')
@@ -413,10 +435,12 @@ def load(cls:DualEncoder, folder) -> DualEncoder:
     kind = one_of(found['kind'], _KINDS, f'kind in {path}:')
     check_settings(path, found['audio'], _AUDIO_SETTINGS[kind])
     check_files(folder, found['files'])
-    with quiet(), torch.random.fork_rng(devices=[]): model = _rebuilt(cls, folder, kind, found)
+    entries = read_weights(folder)
+    if kind != 'clap': _check_sizes(folder, kind, found, entries) # CLAP's are in its config
+    with usable(folder), quiet(), torch.random.fork_rng(devices=[]):
+        model = _rebuilt(cls, folder, kind, found)
     if any(found[k] != n for k, n in _sizes(model).items()):
         raise CmlfError(f'{path}: not the sizes of the heads of this model; save it again')
-    entries = read_weights(folder)
     if wrong := mismatch(entries, model.state_dict(), finite=False):
         raise CmlfError(f'{weights}: does not fit the model in {path.name}; '
                         f'save the model again. {wrong}')

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from filelock import FileLock
 from torch import nn
 
-from .core import CmlfError, Progress, content_hash, read_json, write_json
+from .core import CmlfError, Progress, content_hash, no_file, read_json, write_json
 
 # %% ../nbs/02_features.ipynb #e4d046ce
 SAMPLE_RATE = 32000   # samples per second, as PANNs
@@ -70,7 +70,7 @@ def _needed_frames(f, seconds) -> int:
 @contextlib.contextmanager
 def sound_file(path):
     "An open sound file, or an error that says why it cannot be opened."
-    if not Path(path).is_file(): raise CmlfError('no such file')
+    if why := no_file(path): raise CmlfError(why)
     try: f = sf.SoundFile(str(path))
     except (RuntimeError, OSError, TypeError, ValueError) as e:
         why = getattr(e, 'error_string', e)
@@ -78,6 +78,9 @@ def sound_file(path):
     with f:
         if f.frames > 2**48:  # libsndfile's number for a flac that was written to a pipe
             raise CmlfError('its header has no length; convert it to a new wav or flac file')
+        if f.samplerate < 2 * FMIN:  # and at 32 kHz, it would be hundreds of times as large
+            raise CmlfError(f'sampled at {f.samplerate} Hz: nothing above {FMIN} Hz can be in it; '
+                            'correct the rate in its header, or remove it')
         yield f
 
 def sound_blocks(f, n, size):
@@ -310,8 +313,10 @@ class FeatureStore:
     "Log-mels (N, frames, n_mels) on disk; `store[indices]` -> float32 (n, frames, n_mels) in dB."
     def __init__(self, path):
         self.path = Path(path)
-        try: self.rows = np.load(self.path, mmap_mode='r')
-        except (OSError, ValueError, EOFError) as e:
+        try:
+            self.rows = np.load(self.path, mmap_mode='r')
+            if self.rows.ndim != 3: raise ValueError(f'shape {self.rows.shape}')
+        except Exception as e:  # a broken file can raise errors of many types
             raise CmlfError(f'{path}: not a feature store ({e}); delete it and run '
                             'again') from None
         self.frames = self.rows.shape[1]

@@ -6,7 +6,7 @@
 __all__ = ['LAYOUTS', 'Layout', 'recognise', 'load_corpus']
 
 # %% ../nbs/04_layouts.ipynb #46b6b50d
-import json, re
+import json, os, re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -185,7 +185,9 @@ def recognise(path, # folder or file
              ) -> tuple:
     "(layout, {what: table}, folder of the sound) at `path`; `CmlfError` if none or two fit."
     path = Path(path).expanduser().absolute()
-    if not path.exists(): raise CmlfError(f'{path}: no such file or folder')
+    if not os.path.exists(path): raise CmlfError(f'{path}: no such file or folder')
+    if not (path.is_file() or path.is_dir()):
+        raise CmlfError(f'{path}: not a regular file; give a folder or a table')
     known = LAYOUTS.values() if layout is None else [LAYOUTS[one_of(layout, LAYOUTS, 'layout')]]
     hits = [(l, *hit) for l in known for hit in l.find(path)]
     if len(hits) == 1: return hits[0]

@@ -128,6 +128,8 @@ class Run:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.metadata = read_json(self.folder/'run.json')
+        if not isinstance(self.metadata, dict):
+            raise CmlfError(f'{self.folder/"run.json"}: not the record of a run; train it again')
 
     @cached_property
     def history(self) -> pd.DataFrame: return pd.read_csv(self.folder/'history.csv')

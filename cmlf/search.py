@@ -70,6 +70,9 @@ def _load(name): # (name as stored, fingerprint, model)
     return stored, fingerprint(folder), DualEncoder.from_pretrained(folder)
 
 # %% ../nbs/17_search.ipynb #2582d0b0
+def _part_name(part): # changes with every byte
+    return 'part-' + content_hash([file_hash(f) for f in sorted(part.iterdir())])[:12]
+
 def _write_part(folder, files, windows, vectors, texts, model):
     "Write what a search reads to a new folder; returns its name and facts."
     sounds = [dict(file=f, seconds=s, captions=texts.get(f, [])) for f, _, s in files]
@@ -81,9 +84,11 @@ def _write_part(folder, files, windows, vectors, texts, model):
     np.savez(tmp/'arrays.npz', **windows, owner=owner, text=text)
     faiss().write_index(nearest, str(tmp/'nearest.faiss'))
     write_json(tmp/'sounds.json', sounds)
-    name = 'part-' + content_hash([file_hash(f) for f in sorted(tmp.iterdir())])[:12]
-    if (folder/name).exists(): shutil.rmtree(tmp)
-    else: tmp.rename(folder/name)
+    name = _part_name(tmp)
+    if (folder/name).is_dir() and _part_name(folder/name) == name: shutil.rmtree(tmp)
+    else:
+        shutil.rmtree(folder/name, ignore_errors=True) # damaged
+        tmp.rename(folder/name)
     return name, dict(sounds=len(sounds), windows=len(vectors), captions=len(sentences), **facts)
 
 def _remove_old(folder, part):
@@ -115,11 +120,13 @@ def build_index(root, # folder of sounds
     name, mark, model = _load(model)
     faiss(), sound_files(root, out) # errors before the work
     path = _captions_file(root, captions)
-    texts = read_captions(path) if path else {}
+    texts, fresh = read_captions(path) if path else {}, not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     with only_writer(out):
         files, windows, vectors, new, skipped = _encode_folder(root, out, model, mark)
-        if not files: raise CmlfError(_nothing(root, skipped))
+        if not files:
+            if fresh: shutil.rmtree(out, ignore_errors=True)
+            raise CmlfError(_nothing(root, skipped))
         texts = _matched(texts, root, [f for f, *_ in files], path)
         part, facts = _write_part(out, files, windows, vectors, texts, model)
         facts |= dict(new=new, skipped=skipped)
@@ -192,6 +199,8 @@ class Hits(list):
     def __repr__(self): return self.table().to_string(index=False)
 
 # %% ../nbs/17_search.ipynb #845dc995
+_RECORD = dict(model=str, fingerprint=str, root=str, part=str, facts=dict) # and their types
+
 def _read_index(folder):
     path = Path(folder)/'index.json'
     if not path.exists():
@@ -201,8 +210,14 @@ def _read_index(folder):
     found = read_json(path)
     if not isinstance(found, dict) or found.get('version') != INDEX_VERSION:
         raise CmlfError(f'{path}: not an index of this version; index the folder again')
-    if not (Path(folder)/found['part']).is_dir():
-        raise CmlfError(f'{path}: {found["part"]} is missing; run the same `cmlf index` again')
+    for key, kind in _RECORD.items():
+        if not isinstance(found.get(key), kind):
+            raise CmlfError(f'{path}: {key} is {found.get(key)!r:.60}; index the folder again')
+    part = Path(folder)/Path(found['part']).name
+    if not part.is_dir():
+        raise CmlfError(f'{path}: {part.name} is missing; run the same `cmlf index` again')
+    if _part_name(part) != found['part']:
+        raise CmlfError(f'{part}: damaged or changed; run the same `cmlf index` again')
     return found
 
 class SoundIndex:
@@ -236,7 +251,7 @@ def _best_windows(index, v, k): # [(window, score)] of the k best files
     while True:
         n = min(n, total)
         if hasattr(index.nearest, 'hnsw'): # a graph returns at most as many as it keeps
-            index.nearest.hnsw.efSearch = max(n, index.facts['effort'])
+            index.nearest.hnsw.efSearch = max(n, index.facts.get('effort', 0))
         scores, found = (x[0] for x in index.nearest.search(v[None], n))
         scores, found = scores[found >= 0], found[found >= 0]
         _, first = np.unique(index.arrays['sound'][found], return_index=True)

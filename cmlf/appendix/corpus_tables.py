@@ -8,7 +8,7 @@ __all__ = ['read_utf8', 'csv_header', 'caption_columns', 'read_json_rows', 'need
            'refuse_repeat', 'read_relevant_pairs']
 
 # %% ../../nbs/appendix/corpus_tables.ipynb #69fba88f
-import ast, csv, io, json, re
+import ast, csv, io, json, os, re
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..core import CmlfError
 # %% ../../nbs/appendix/corpus_tables.ipynb #2eab5c69
 def read_utf8(path) -> str:
     "A file as text; for a byte that is not UTF-8, the error names the row."
+    if not os.path.isfile(path): raise CmlfError(f'{path}: not a regular file; give a copy')
     data = Path(path).read_bytes()
     try: return data.decode('utf-8-sig')
     except UnicodeDecodeError as e:
@@ -89,11 +90,20 @@ def caption_columns(row) -> dict:
     return rest | {f'caption_{i}': t for i, t in enumerate(texts, 1)}
 
 # %% ../../nbs/appendix/corpus_tables.ipynb #c544a363
+def _has_half(text, found) -> bool: # `found`: what the JSON holds
+    "Whether JSON has one of the two codes of a character, which cannot be saved as UTF-8."
+    if '\\ud' not in text.lower(): return False
+    try: json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError: return True
+    return False
+
 def _json_object(text, where) -> dict:
     "The JSON object in a text."
     try: found = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise CmlfError(f'{where}: not JSON ({e}); perhaps the file is incomplete') from None
+    if _has_half(text, found):
+        raise CmlfError(f'{where}: a character is cut in two (\\ud800 to \\udfff); write it again')
     if isinstance(found, dict): return found
     raise CmlfError(f'{where}: {found!r:.40} is not a JSON object {{"key": value, ...}}')
 
@@ -169,7 +179,7 @@ def read_rows(path, # csv (UTF-8, with or without BOM, any line ending), parquet
 def is_blank(value) -> bool:
     "Whether a cell of a table is empty."
     if isinstance(value, str): return not value.strip()
-    return np.ndim(value) == 0 and pd.isna(value)
+    return not isinstance(value, (list, tuple, dict, np.ndarray)) and bool(pd.isna(value))
 
 def cell_text(value) -> str:
     "A cell as text; a whole number saved as 7.0 is 7."
@@ -179,7 +189,7 @@ def cell_text(value) -> str:
 # %% ../../nbs/appendix/corpus_tables.ipynb #f4471d06
 def checked_text(value, where, column) -> str: # a cell, 'FILE row N', its column
     "`value` if it is text and not blank."
-    if not isinstance(value, str): raise CmlfError(f'{where}: {column} is {value!r}, not text')
+    if not isinstance(value, str): raise CmlfError(f'{where}: {column} is {value!r:.60}, not text')
     if not value.strip(): raise CmlfError(f'{where}: {column} is empty; write it or remove the row')
     if '\0' in value or '\ufffd' in value:
         raise CmlfError(f'{where}: {column} has broken characters; download the file again')
@@ -188,7 +198,7 @@ def checked_text(value, where, column) -> str: # a cell, 'FILE row N', its colum
 def checked_caption(value, where, column='caption') -> str: # a cell, 'FILE row N', its column
     "`value` if it is text with a letter in it."
     if any(ch.isalpha() for ch in checked_text(value, where, column)): return value
-    raise CmlfError(f'{where}: {column} is {value!r}, not text; write it or remove the row')
+    raise CmlfError(f'{where}: {column} is {value!r:.60}, not text; write it or remove the row')
 
 # %% ../../nbs/appendix/corpus_tables.ipynb #f51264dc
 def row_captions(row, # {column: value}
@@ -232,11 +242,11 @@ def read_relevant_pairs(path) -> list:
     if path.suffix.lower() == '.json':
         found = _json_object(read_utf8(path), path).items()
         pairs = [(f'{path} caption {t!r:.60}', t, c) for t, c in found]
-        return [(w, t, c) for w, t, cs in pairs for c in ([cs] if isinstance(cs, str) else cs)]
+        return [(w, t, c) for w, t, cs in pairs for c in (cs if isinstance(cs, list) else [cs])]
     table, has = read_rows(path), {}
     for kind, names in _PAIR_COLUMNS.items():
         has[kind] = next((c for c in names if c in table[0][1]), None)
         if has[kind] is None: raise CmlfError(f'{path} row 1: no column {" or ".join(names)}; it '
                                               f'has {", ".join(table[0][1])}')
-    return [(w, row[has['caption']], c) for w, row in table
-            for c in _listed(row[has['clip']], w, has['clip'])]
+    return [(w, row.get(has['caption']), c) for w, row in table
+            for c in _listed(row.get(has['clip']), w, has['clip'])]

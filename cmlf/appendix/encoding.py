@@ -33,7 +33,8 @@ def window_starts(length:float, # seconds of the recording
 # %% ../../nbs/appendix/encoding.ipynb #a2d94857
 Window = namedtuple('Window', 'start stop wave') # seconds, seconds, (samples,) float32 at 32 kHz
 
-_AT_ONCE = 32 # windows that are read at a time
+_AT_ONCE = 32 # windows that are read at a time; fewer, if they have more than
+_VALUES = 2**26 # samples of all channels, as with a recording of hours at a few MHz
 
 def _cut(wave, at, starts, length, seconds):
     "`Window`s of a waveform that starts at `at` seconds."
@@ -46,8 +47,9 @@ def _windows_in(f, seconds):
     rate, frames = f.samplerate, declared_frames(f)
     length = frames / rate
     starts = window_starts(length, seconds)
-    for i in range(0, len(starts), _AT_ONCE):
-        some = starts[i:i + _AT_ONCE]
+    n = min(_AT_ONCE, int(2 * _VALUES / (seconds * rate * f.channels)) or 1)
+    for i in range(0, len(starts), n):
+        some = starts[i:i + n]
         first = round(some[0] * rate)
         last = min(frames, math.ceil((some[-1] + seconds) * rate))
         if i: f.seek(first)

@@ -123,7 +123,8 @@ def _split_of(row, where, name) -> tuple:
 def _optional(row) -> dict:
     "Those of id, meaning, tags and credit that a row has."
     extra = [k for k in ('id', 'meaning', 'tags', 'credit') if not is_blank(row.get(k))]
-    text = lambda v: ';'.join(v) if np.ndim(v) else str(v).strip()  # parquet may hold lists
+    lists = list, tuple, np.ndarray  # in parquet and jsonl
+    text = lambda v: ';'.join(map(str, v)) if isinstance(v, lists) else str(v).strip()
     more = {k: text(row[k]) for k in extra}
     if 'tags' in more: more['tags'] = tuple(filter(None, map(str.strip, more['tags'].split(';'))))
     return more

@@ -246,7 +246,8 @@ def _run_of(folder):
         if (folder/'config.json').exists(): return None
         raise CmlfError(f'{folder}: no model here (neither config.json nor run.json); give the '
                         'folder of a saved model, or train one with `cmlf train`')
-    system = Run(folder).metadata.get('spec', {}).get('system')
+    spec = Run(folder).metadata.get('spec')
+    system = spec.get('system') if isinstance(spec, dict) else None
     if system in DUAL: return Run(folder)
     raise CmlfError(f'{folder}: a run of {system!r}; only dual encoders can be evaluated on new '
                     'sounds')
@@ -266,7 +267,7 @@ class NamedModel:
         run, model = _run_of(folder), DualEncoder.from_pretrained(folder)
         own = run and os.path.isdir(name) and os.access(folder, os.W_OK)
         return cls(model, (folder/'work' if own else cache_folder())/'features',
-                   dict(run=run and run.metadata['key'], model=str(name), seconds=model.seconds,
+                   dict(run=run and run.metadata.get('key'), model=str(name), seconds=model.seconds,
                         hop=model.hop, fingerprint=fingerprint(folder)))
 
 # %% ../../nbs/appendix/evaluation.ipynb #5a10063b

@@ -17,7 +17,8 @@ import cmlf
 from ..core import CmlfError, read_json, write_json, write_text
 
 # %% ../../nbs/appendix/hub.ipynb #a9d32b79
-_KEYS = dict(seconds=(int, float), hop=int) # and their types
+_KEYS = dict(seconds=(int, float), hop=(int,)) # and their types
+_DAY = 24 * 3600
 
 def _clip_of(folder):
     "The settings `seconds` and `hop` of a saved model or of a run."
@@ -28,9 +29,9 @@ def _clip_of(folder):
     else: raise CmlfError(f'{folder}: no model here (neither config.json nor run.json)')
     try: clip = {k: found(path)[k] for k in _KEYS}
     except (KeyError, TypeError): clip = dict.fromkeys(_KEYS)
-    if not all(isinstance(v, _KEYS[k]) and v > 0 for k, v in clip.items()):
-        raise CmlfError(f'{path}: should have seconds and hop, both above 0: it is not a model of '
-                        'cmlf')
+    if not all(type(v) in _KEYS[k] and 0 < v <= _DAY for k, v in clip.items()):
+        raise CmlfError(f'{path}: should have seconds (at most a day) and hop, both above 0: it is '
+                        'not a model of cmlf')
     return clip
 
 # %% ../../nbs/appendix/hub.ipynb #0ae68f5a

@@ -153,7 +153,7 @@ def locate_all(entries, # `Entry`s of one corpus
     if entries[0].inside: return _locate_inside(entries)
     if entries[0].path:
         files = [Path(os.path.normpath(top/e.path)) for e in entries]
-        found = [(f, '') if f.is_file() else (None, 'no such file') for f in files]
+        found = [(f, '') if os.path.isfile(f) else (None, 'no such file') for f in files]
     elif index := index_files(top): found = [locate(e, index, top, folders) for e in entries]
     else: raise CmlfError(f'{top}: no sound files; give their folder with audio=, or audio=False')
     seen = {}

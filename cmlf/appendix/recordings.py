@@ -6,13 +6,14 @@
 __all__ = ['events_folder', 'read_credits', 'Recordings', 'read_recordings']
 
 # %% ../../nbs/appendix/recordings.ipynb #12b8e935
-import csv, functools, os, re
+import csv, functools, io, os, re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy import signal
 
+from .corpus_tables import read_utf8
 from ..core import CmlfError, content_hash, one_of
 from ..data import SPLITS
 from ..features import SAMPLE_RATE, load_audio
@@ -45,7 +46,7 @@ def _fold(text, where):
 def _from_csv(folder, kinds):
     "(kind, fold, path) of every row of `meta/esc50.csv`."
     table = folder/'meta'/'esc50.csv'
-    with open(table, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    rows = csv.DictReader(io.StringIO(read_utf8(table), newline=''))
     for n, row in enumerate(rows, 2):
         where = f'{table} line {n}'
         if None in (row.get('filename'), row.get('fold'), row.get('category')):

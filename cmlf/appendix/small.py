@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .bert import load_bert, packaged_minilm
+from .checkpoints import usable
 from .hub import sentence_files
 from ..core import CmlfError, atomic_path, file_hash, read_json, write_json
 
@@ -55,7 +56,9 @@ def shrink(folder, # of a saved model
 
 def read_weights(folder) -> dict:
     "All weights of a saved model, whether it is small or not."
-    folder = Path(folder)
-    if not (folder/_SMALL).exists(): return load_file(folder/_WHOLE)
-    entries = {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder/_SMALL).items()}
+    small = (Path(folder)/_SMALL).exists()
+    path = Path(folder)/(_SMALL if small else _WHOLE)
+    with usable(path): entries = load_file(path)
+    if not small: return entries
+    entries = {k: v.float() if v.is_floating_point() else v for k, v in entries.items()}
     return _packaged() | entries
