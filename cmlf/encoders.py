@@ -23,14 +23,13 @@ from .appendix.checkpoints import (
 from .appendix.dropout import dropout, swap_dropout
 from .appendix.encoding import Encodes
 from .appendix.hub import Travels
-from cmlf.appendix.models import (
-    CLAP_FILES, ClapAudio, clap_heads, clap_text, load_clap, load_clap_audio, new_clap_audio,
-    save_clap_audio)
+from .appendix.models import CLAP_FILES, ClapAudio, clap_heads, clap_text, load_clap
+from .appendix.models import load_clap_audio, new_clap_audio, save_clap_audio
 from .appendix.packing import last_states
 from .appendix.panns import Cnn14, ConvBlock, check_image, panns_conv, spec_augment
 from .appendix.small import read_weights
 from .config import Profile, clap_name
-from .core import CmlfError, atomic_path, file_hash, one_of, write_json
+from .core import CmlfError, atomic_path, file_hash, one_of, read_json, write_json
 from .features import N_MELS, LogMel
 
 with warnings.catch_warnings():
@@ -328,6 +327,14 @@ def train(self:DualEncoder, mode:bool=True) -> DualEncoder:
 # %% ../nbs/08_encoders.ipynb #84683853
 _TEXT_SETTINGS = dict(pool=str, dropout=float|int|None, train_word_table=bool, frozen=int)
 
+_HOW_LOADED = 'is_local', 'local_files_only' # says nothing about the tokenizer
+
+def _save_tokenizer(tokenizer, folder):
+    "Save so that the same tokenizer gives the same bytes, wherever it was loaded from."
+    tokenizer.save_pretrained(folder)
+    path = folder/'tokenizer_config.json'
+    write_json(path, {k: v for k, v in read_json(path).items() if k not in _HOW_LOADED})
+
 @patch
 def save(self:TextEncoder, folder) -> None:
     "Save config, tokenizer and settings to `folder`, but not the weights."
@@ -335,7 +342,7 @@ def save(self:TextEncoder, folder) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     ids = probe(self.tokenizer)['input_ids']
     with quiet(), tempfile.TemporaryDirectory(dir=folder, prefix='.') as tmp:
-        self.tokenizer.save_pretrained(tmp)
+        _save_tokenizer(self.tokenizer, Path(tmp))
         self.model.config.save_pretrained(tmp)
         files = {f.name: file_hash(f) for f in sorted(Path(tmp).iterdir())}
         for name in files: os.replace(Path(tmp)/name, folder/name)
