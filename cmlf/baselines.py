@@ -335,18 +335,22 @@ def selection_score(model, # `CE`
     return float(np.prod(list(r.t2a.values()))) ** (1 / 3) if select == 't2a' else r.score, r
 
 # %% ../nbs/12_baselines.ipynb #d6dbb078
-_STATE = 'history', 'best', 'best_epoch'
+_STATE = 'history', 'best', 'best_epoch', 'position', 'losses', 'sizes'
 
 class _Run:
     "The model, optimiser and history of a run, with their checkpoint."
-    def __init__(self, model, settings, seed, facts, path, save_every):
+    def __init__(self, model, settings, seed, facts, path, save_every, log):
         self.model, self.s, self.seed = model, settings, seed
         self.opt = ranger(model.parameters(), settings.lr, settings.weight_decay)
         plan = content_hash(asdict(settings), seed, *facts)
-        self.checkpoint = Checkpoint(path, plan, save_every)
+        self.checkpoint = Checkpoint(path, plan, save_every, log)
         self.history, self.best, self.best_epoch = [], None, -1
+        self.start_epoch()
         state = self.checkpoint.load(next(model.parameters()).device)
         if state: self.resume(state)
+
+    def start_epoch(self): # captions that are done, and loss and size of their batches
+        self.position, self.losses, self.sizes = 0, [], []
 
     def save(self):
         self.checkpoint.save(model=self.model.state_dict(), opt=self.opt.state_dict(),
@@ -365,17 +369,20 @@ def epoch(self:_Run, split, words):
     for group in self.opt.inner.param_groups: group['lr'] = self.s.lr * self.s.gamma ** number
     stream, table = rng(self.seed, 'ce', number), words.table.to(dev)
     captions = stream.permutation(draw_captions(split.owner, split.clips, stream))
-    losses, sizes = [], []
-    for at in range(0, len(captions), self.s.batch_size):
+    for at in range(self.position, len(captions), self.s.batch_size):
         batch = captions[at:at + self.s.batch_size]
         if len(batch) < 2: continue  # a single pair has no negative
         ids = split.ids[batch].to(dev)
         s = self.model(table[ids], split.audio(split.owner[batch], dev), ids > 0)
         loss = max_margin(s, self.s.margin)
         self.opt.zero_grad(); loss.backward(); self.opt.step()
-        losses.append(loss.detach()); sizes.append(len(batch))
-    check_losses(losses, f'epoch {number + 1}', f'lower ce_lr={self.s.lr:g}')
-    return float(np.average(torch.stack(losses).cpu(), weights=sizes))
+        self.losses.append(loss.detach()); self.sizes.append(len(batch))
+        self.position = at + self.s.batch_size
+        if self.position < len(captions) and self.checkpoint.late(): self.save()
+    check_losses(self.losses, f'epoch {number + 1}', f'lower ce_lr={self.s.lr:g}')
+    mean = float(np.average(torch.stack(self.losses).cpu(), weights=self.sizes))
+    self.start_epoch()
+    return mean
 
 # %% ../nbs/12_baselines.ipynb #ce28f15e
 @patch
@@ -388,7 +395,7 @@ def step(self:_Run, splits, words):
         self.best_epoch = number
     recalls = {f'{d} {k}': float(v) for d in ('t2a', 'a2t') for k, v in getattr(r, d).items()}
     self.history.append(dict(epoch=number + 1, loss=loss, score=value, **recalls))
-    self.save()
+    if self.checkpoint.late(): self.save()
 
 # %% ../nbs/12_baselines.ipynb #2f3c333c
 @dataclass
@@ -405,7 +412,7 @@ def train_ce(train, val, test, # corpora, or objects with `captions`, `owner` an
              experts:dict, # {split: {name: (features (N, n, d) float32, available (N,) bool)}}
              words, # `Words`
              settings:CESettings=CESettings(), seed:int=0,
-             checkpoint=None, # file to write between epochs, and to resume from
+             checkpoint=None, # folder to write the state to, and to resume from
              log=log, # called with one line per epoch
              save_every:float=30., # seconds between checkpoints
             ) -> CEResult:
@@ -417,7 +424,7 @@ def train_ce(train, val, test, # corpora, or objects with `captions`, `owner` an
     facts = [sorted(dims.items()), len(train),
              *(content_hash(p.ids.numpy(), p.owner) for p in splits.values())]
     name = 'CE' if settings.use_ce else 'MoEE'
-    run = _Run(model, settings, seed, facts, checkpoint, save_every)
+    run = _Run(model, settings, seed, facts, checkpoint, save_every, log)
     while len(run.history) < settings.epochs:
         run.step(splits, words)
         h = run.history[-1]

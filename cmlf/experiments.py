@@ -225,7 +225,7 @@ def fit(self:Experiment, spec:RunSpec, folder:Path, log) -> dict:
     train, val, test = (self.pairs(s, model, p.audio.hop) if s in self.corpus.splits else None
                         for s in SPLITS)
     trainer = Trainer(model, train, val, p, stages, spec.seed, vectors, test,
-                      folder/'checkpoint.pt', log=log, first=2 * (spec.system == 'stage3'))
+                      folder/'checkpoint', log=log, first=2 * (spec.system == 'stage3'))
     history = pd.DataFrame(trainer.fit())
     facts = _facts(trainer, history, test) | dict(vector_minutes=seconds / 60)
     if spec.system == 'stage3': history = _after(self.start(spec), facts, history)
@@ -325,7 +325,8 @@ def pretrain(self:Experiment, spec:RunSpec, folder:Path, log) -> dict:
     encoder = audio_encoder(p)
     stores = [self.store(part, front_end(encoder, p.audio.hop)) for part in (train, held_out)]
     head = fit_tagger(encoder, stores[0], train.tag_matrix, t.pretrain_epochs, t.pretrain_lr,
-                      p.batches.batch_size, spec.seed, p.optimiser.amp, log)
+                      p.batches.batch_size, spec.seed, p.optimiser.amp, log,
+                      checkpoint=folder/'checkpoint')
     score = mean_average_precision(encoder, head, stores[1], held_out.tag_matrix)
     log(f'mAP {score:.3f} on {len(held_out)} held-out scenes of training sources')
     _save(encoder, folder)
@@ -346,7 +347,7 @@ def fit_experts(self:Experiment, spec:RunSpec, folder:Path, log) -> dict:
     if not p.expert_features:
         scenes = tagging_corpus(self.profile, self.events or None).split('train')
         nets = own_experts(scenes, p.expert_width, p.expert_epochs, spec.seed,
-                           self.profile.optimiser.amp)
+                           self.profile.optimiser.amp, log, folder/'checkpoint')
     arrays = {}
     for split in SPLITS:
         part = self.corpus.split(split)
@@ -380,7 +381,7 @@ def fit_ce(self:Experiment, spec:RunSpec, folder:Path, log) -> dict:
     settings = CESettings(use_ce=spec.system == 'ce', epochs=p.ce_epochs,
                           batch_size=p.ce_batch_size, lr=p.ce_lr, shared_dim=p.ce_dim)
     found = train_ce(*parts.values(), self.expert_features(spec), words, settings, spec.seed,
-                     folder/'checkpoint.pt', log=log)
+                     folder/'checkpoint', log=log)
     _write_ce(folder, found, parts, -(-len(parts['train']) // p.ce_batch_size))
     return dict(stages=1, test=[scores(found.test)], best_epoch=found.best_epoch,
                 train_clips=len(parts['train']), minutes=(time.time() - start) / 60)

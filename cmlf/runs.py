@@ -357,8 +357,8 @@ def _train(self:RunStore, spec, partial):
         precision=precision(self.profile.optimiser.amp), **self.describe(), **facts,
         commit=commit(), versions=versions(), machine=machine(), processes=processes(),
         finished=time.strftime('%Y-%m-%d %H:%M:%S')))
-    (partial/'checkpoint.pt').unlink(missing_ok=True)
     os.replace(partial, self.run_folder(spec))
+    shutil.rmtree(self.run_folder(spec)/'checkpoint', ignore_errors=True)
     self.keep_ranks(spec)
 
 @patch
@@ -370,14 +370,25 @@ def keep_ranks(self:RunStore, spec):
         save_ranks(run, self.keep, self.profile.corpus.subset)
 
 # %% ../nbs/13_runs.ipynb #a0045fd2
+def _written(folder): # when its newest file was written
+    times = []
+    for f in folder.rglob('*'):
+        with contextlib.suppress(FileNotFoundError): times.append(f.stat().st_mtime)
+    return max(times, default=0)
+
+def _link(old, new): # files of a checkpoint never change, so a link is as good as a copy
+    try: os.link(old, new)
+    except FileNotFoundError: pass
+    except OSError: shutil.copy2(old, new)
+
 def _new_partial(done):
     "A folder for one attempt at a run, with the newest checkpoint; older attempts are deleted."
     partial = done.with_name(f'{done.name}.{uuid4().hex[:8]}.partial')
     partial.mkdir()
-    found = sorted(done.parent.glob(f'{done.name}*.partial/checkpoint.pt'), key=os.path.getmtime)
-    if found: # a checkpoint is never changed in place, so a link is as good as a copy
-        try: os.link(found[-1], partial/'checkpoint.pt')
-        except OSError: shutil.copy2(found[-1], partial/'checkpoint.pt')
+    found = sorted(done.parent.glob(f'{done.name}*.partial/checkpoint'), key=_written)
+    if found: # of an attempt that ends now, some files may be gone before they are linked
+        with contextlib.suppress(shutil.Error, FileNotFoundError):
+            shutil.copytree(found[-1], partial/'checkpoint', copy_function=_link)
     for old in found[:-1]: shutil.rmtree(old.parent, ignore_errors=True)
     return partial
 

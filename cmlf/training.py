@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['Stage', 'joint_stages', 'curriculum_stages', 'Tokens', 'PairedSplit', 'tokens_of', 'encode', 'frozen_view', 'embed',
-           'ancillary_vectors', 'lr_factor', 'Checkpoint', 'Trainer', 'TaggerRecipe', 'fit_tagger',
-           'mean_average_precision']
+           'ancillary_vectors', 'lr_factor', 'Trainer', 'TaggerRecipe', 'fit_tagger', 'mean_average_precision']
 
 # %% ../nbs/11_training.ipynb #08fc93ed
 import math, time
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,8 +22,9 @@ from .appendix.distributed import (agree, average_gradients, check_batch_size, f
 from .appendix.linear import fast_linear
 from .appendix.loading import ahead, for_device, take, to_device
 from .appendix.packing import States, real_positions
+from .appendix.resume import Checkpoint, is_due, random_states, set_random_state
 from .config import Profile
-from .core import (CmlfError, atomic_path, autocast, content_hash, device, log, precision, rng,
+from .core import (CmlfError, autocast, content_hash, device, log, precision, rng,
                        seed_everything)
 from .data import draw_captions
 from .loss import check_losses, get_loss
@@ -195,36 +194,9 @@ def lr_factor(profile:Profile, # its `optimiser.schedule`
     if profile.optimiser.schedule == 'constant': return 1.0
     return 0.1 ** int(done * profile.curriculum.epochs / total // profile.optimiser.lr_step)
 
-# %% ../nbs/11_training.ipynb #82632842
-class Checkpoint:
-    "A file with the state of a run, written between epochs."
-    def __init__(self, path, # None: nothing is written
-                 plan:str, # describes the run (settings, seed, data); must be equal on resume
-                 every:float=0.): # seconds between two writes
-        self.path, self.plan, self.every = path and Path(path), plan, every
-        self.saved = time.monotonic()
-
-    def save(self, **state): # tensors, numbers, lists and dicts of them
-        "Write the state, completely or not at all; skip it if the last write is too recent."
-        if not self.path or rank() or time.monotonic() - self.saved < self.every: return
-        with atomic_path(self.path) as tmp: torch.save(state | dict(plan=self.plan), tmp)
-        self.saved = time.monotonic()
-
-    def load(self, dev) -> dict|None: # None: there is no file yet
-        "The saved state, with its tensors on `dev`."
-        if not (self.path and self.path.exists()): return None
-        try:
-            state = torch.load(self.path, map_location=dev, weights_only=True)
-            same = state['plan'] == self.plan
-        except Exception:
-            raise CmlfError(f'{self.path}: not readable as a checkpoint; delete it') from None
-        if same: return state
-        raise CmlfError(f'{self.path}: a checkpoint of another run (settings, seed or data); '
-                        'delete it or choose another folder')
-
 # %% ../nbs/11_training.ipynb #abc1d8cc
 class Trainer:
-    "Train `model` in `stages`; `fit` returns the history, and resumes from the checkpoint file."
+    "Train `model` in `stages`; `fit` returns the history, and resumes from the checkpoint."
     def __init__(self, model, # a `DualEncoder`
                  train:PairedSplit, # N training pairs
                  val:PairedSplit, # selects the best epoch of a stage
@@ -233,12 +205,13 @@ class Trainer:
                  seed:int=0, # of batches, captions, dropout and SpecAugment
                  vectors=None, # (N, d) ancillary vectors, needed if a stage has mined batches
                  test:PairedSplit=None, # embedded at the end of every stage, if given
-                 checkpoint=None, # file to write between epochs, and to resume from
+                 checkpoint=None, # folder to write the state to, and to resume from
                  save_every:float=30., # seconds between checkpoints
                  first:int=0, # stages before this one are not trained: `model` comes from them
                  log=log): # called with one line per epoch
         self.stages, self.seed, self.vectors, self.log = stages, seed, vectors, only_first(log)
         self.dev, self.stage, self.epoch = device(), first, 0
+        self.position, self.losses = 0, [] # batches of this epoch that are done
         self.model, self.profile = model, profile
         self.train, self.val, self.test = (
             pairs and replace(pairs, store=for_device(pairs.store, self.dev))
@@ -247,7 +220,7 @@ class Trainer:
         self.optimiser = self.loss = self.teacher = self.own_vectors = None
         self.precision = precision(profile.optimiser.amp, self.dev)
         plan = repr((stages, seed, profile, len(train)))
-        self.checkpoint = Checkpoint(checkpoint, plan, save_every)
+        self.checkpoint = Checkpoint(checkpoint, plan, save_every, self.log)
         model.to(self.dev)
         _check_trainer(self)
         agree(plan, 'run')
@@ -340,20 +313,38 @@ def step(self:Trainer, batch:tuple, # from `fetch`
 
 # %% ../nbs/11_training.ipynb #bccf5d4d
 @patch
-def one_epoch(self:Trainer) -> float:
-    "Train on every batch once; returns the mean loss."
-    stream = ('process', rank()) if rank() else () # processes draw other dropout masks
-    seed_everything(int(rng(self.seed, 'epoch', self.stage, self.epoch, *stream).integers(2**31)))
+def start_epoch(self:Trainer) -> tuple:
+    "Seed an epoch; returns its batches and its captions."
+    self.seed_steps()
     captions = draw_captions(self.train.owner, len(self.train),
                              rng(self.seed, 'captions', self.stage, self.epoch))
-    batches, losses = from_first(self.batches), []
-    fetched = ahead(self.fetch, zip(batches, captions[batches]), 2 * (self.dev.type == 'cuda'))
-    for i, batch in enumerate(fetched):
-        losses.append(self.step(batch, self.epoch + i / len(batches)))
+    batches = from_first(self.batches)
+    return batches, captions[batches]
+
+@patch
+def seed_steps(self:Trainer, *position): # in the epoch, if it is not the first
+    "Seed dropout and SpecAugment; processes draw other masks."
+    stream = *position, *(('process', rank()) if rank() else ())
+    seed_everything(int(rng(self.seed, 'epoch', self.stage, self.epoch, *stream).integers(2**31)))
+
+@patch
+def one_epoch(self:Trainer,
+              states=None, # of the random numbers at `position`, if the epoch had begun
+             ) -> float:
+    "Train on every batch once; returns the mean loss."
+    batches, captions = self.start_epoch()
+    if states: self.continue_from(states)
+    rest = zip(batches[self.position:], captions[self.position:])
+    for batch in ahead(self.fetch, rest, 2 * (self.dev.type == 'cuda')):
+        self.losses.append(self.step(batch, self.epoch + self.position / len(batches)))
+        self.position += 1
         # on a GPU this check would synchronise at every step: there it runs once, after the epoch
-        if self.dev.type == 'cpu' and not losses[-1].isfinite(): break
-    check_losses(losses, f'{self.where}, epoch {self.epoch + 1}', self.fix)
-    return float(torch.stack(losses).mean())
+        if self.dev.type == 'cpu' and not self.losses[-1].isfinite(): break
+        if self.position < len(batches) and is_due(self.checkpoint, self.position): self.save()
+    check_losses(self.losses, f'{self.where}, epoch {self.epoch + 1}', self.fix)
+    loss = float(torch.stack(self.losses).mean())
+    self.position, self.losses = 0, []
+    return loss
 
 # %% ../nbs/11_training.ipynb #2286ffdf
 @patch(as_prop=True)
@@ -475,24 +466,27 @@ def fit(self:Trainer) -> list:
         self.start_stage()
         if resumed: self.optimiser.load_state_dict(resumed['optimiser'])
         else: self.epoch_zero(time.monotonic() - start)
-        while self.epoch < self.stages[self.stage].epochs: self.train_epoch()
+        states = resumed['random'] if self.position else None
+        while self.epoch < self.stages[self.stage].epochs:
+            self.train_epoch(states)
+            states = None
         self.end_stage()
         resumed = None
     return self.history
 
 # %% ../nbs/11_training.ipynb #e467f0a4
 @patch
-def train_epoch(self:Trainer):
+def train_epoch(self:Trainer, states=None): # as in `one_epoch`
     "Train one epoch, score it, keep its weights if they are the best so far, and record it."
     start = time.monotonic()
-    loss = self.one_epoch()
+    loss = self.one_epoch(states)
     self.epoch += 1
     trained = time.monotonic() - start
     scores = self.score()
     self.keep_if_best(scores)
     self.record(loss, scores, len(self.train) // self.profile.batches.batch_size, trained,
                 time.monotonic() - start - trained)
-    self.save()
+    if is_due(self.checkpoint, 0): self.save()
 
 # %% ../nbs/11_training.ipynb #d27942e5
 @patch
@@ -512,27 +506,38 @@ def record(self:Trainer, loss:float,
              f"val {scores['val']:.1f}, {seconds:.0f} s")
 
 # %% ../nbs/11_training.ipynb #408f3db4
-_STATE = 'best', 'stage_outputs', 'stage', 'epoch', 'history', 'precision', 'teacher', 'own_vectors'
+_STATE = ('best', 'stage_outputs', 'stage', 'epoch', 'position', 'history', 'precision', 'teacher',
+          'own_vectors')
 
 @patch
 def save(self:Trainer):
-    "Write all state that the next epochs depend on to the checkpoint."
+    "Write all state that the next steps depend on to the checkpoint."
     self.checkpoint.save(model=self.model.state_dict(), optimiser=self.optimiser.state_dict(),
-                         **{name: getattr(self, name) for name in _STATE})
+                         losses=torch.stack(self.losses) if self.losses else None,
+                         random=random_states(), **{name: getattr(self, name) for name in _STATE})
 
 @patch
 def resume(self:Trainer) -> dict|None:
-    "Restore the state from the checkpoint; None if there is no file."
+    "Restore the state from the checkpoint; None if there is none."
     state = self.checkpoint.load(self.dev)
-    agree(state and (state['stage'], state['epoch']), 'stage and epoch of the checkpoint')
+    agree(state and (state['stage'], state['epoch'], state['position']), 'place of the checkpoint')
     if state is None: return None
     self.model.load_state_dict(state['model'])
     now = self.precision
     for name in _STATE: setattr(self, name, state[name])
-    self.log(f'resumed after stage {self.stage + 1}, epoch {self.epoch}')
+    if self.position: self.losses = list(state['losses'])
+    at = f', batch {self.position} of the next' * bool(self.position)
+    self.log(f'resumed after stage {self.stage + 1}, epoch {self.epoch}{at}')
     if self.precision != now: self.log(f'started in {self.precision}, continues in {now}')
     self.precision = now
     return state
+
+@patch
+def continue_from(self:Trainer, states:list): # from `random_states`
+    "Restore the random numbers within an epoch."
+    if set_random_state(states): return
+    self.log(f'saved by {len(states)} processes: the rest of this epoch draws other dropout masks')
+    self.seed_steps('position', self.position)
 
 # %% ../nbs/11_training.ipynb #90a27d2d
 @dataclass(frozen=True)
@@ -544,6 +549,17 @@ class TaggerRecipe:
     bf16_head:bool = False   # use bf16 for the linear layer too, if the encoder uses it
     name:str = 'tagger'      # in messages
     rate:str = 'pretrain_lr' # name of the learning-rate setting, in messages
+
+def _save_tagger(saved, parts, step, losses):
+    saved.save(step=step, losses=torch.stack(losses) if losses else None, random=random_states(),
+               **{name: part.state_dict() for name, part in parts.items()})
+
+def _resume_tagger(saved, parts, dev): # returns the steps that are done, and losses of the epoch
+    state = saved.load(dev)
+    if not state: return 0, []
+    for name, part in parts.items(): part.load_state_dict(state[name])
+    set_random_state(state['random'])
+    return state['step'], [] if state['losses'] is None else list(state['losses'])
 
 def _tag_step(encoder, head, x, tags, optimiser, recipe, amp):
     with autocast(x.device, amp):
@@ -569,6 +585,8 @@ def fit_tagger(encoder, # with `n_out`: (B, ...) -> (B, n_out) or (B, tokens, n_
                log=log, # called with one line per epoch
                head=None, # (B, n_out) -> (B, k); None: a new linear layer
                recipe:TaggerRecipe=TaggerRecipe(),
+               checkpoint=None, # folder to write the state to, and to resume from
+               save_every:float=30., # seconds between checkpoints
               ) -> nn.Linear: # `head`, trained
     "Train `encoder`, in place, to tag the events of its inputs (as PANNs was trained on AudioSet)."
     dev, tags = device(), torch.as_tensor(tags)
@@ -579,18 +597,28 @@ def fit_tagger(encoder, # with `n_out`: (B, ...) -> (B, n_out) or (B, tokens, n_
     used = len(tags) - len(tags) % batch if recipe.drop_last else len(tags)
     if not used: raise CmlfError(f'{len(tags)} tagged scenes do not fill a batch of {batch}')
     optimiser = recipe.optimiser([*encoder.parameters(), *head.parameters()], lr=lr)
+    each = math.ceil(used / batch) # steps of an epoch
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, lr, total_steps=epochs * math.ceil(used / batch), pct_start=recipe.warmup)
-    for epoch in range(epochs):
-        start, losses = time.monotonic(), []
+        optimiser, lr, total_steps=epochs * each, pct_start=recipe.warmup)
+    parts = dict(encoder=encoder, head=head, optimiser=optimiser, schedule=schedule)
+    plan = content_hash(epochs, lr, batch, seed, amp, recipe.name, tags.cpu().numpy())
+    saved = Checkpoint(checkpoint, plan, save_every, log)
+    step, losses = _resume_tagger(saved, parts, dev)
+    if step: log(f'{recipe.name}: resumed after step {step} of {epochs * each}')
+    while step < epochs * each:
+        epoch, start = step // each, time.monotonic()
         order = rng(seed, 'tagger', epoch).permutation(len(tags))[:used]
-        for part in np.split(order, range(batch, used, batch)):
+        for part in np.split(order, range(batch, used, batch))[step % each:]:
             x = inputs[part].to(dev).float()
             losses.append(_tag_step(encoder, head, x, tags[part].to(dev), optimiser, recipe, amp))
             schedule.step()
+            step += 1
+            if step % each and saved.late(): _save_tagger(saved, parts, step, losses)
         check_losses(losses, f'{recipe.name}, epoch {epoch + 1}', f'lower {recipe.rate}={lr:g}')
         log(f'{recipe.name} epoch {epoch + 1}/{epochs}: loss {torch.stack(losses).mean():.3f}, '
             f'{time.monotonic() - start:.0f} s')
+        losses = []
+        if saved.late() or step == epochs * each: _save_tagger(saved, parts, step, losses)
     return head
 
 # %% ../nbs/11_training.ipynb #c8ecd7b5

@@ -10,7 +10,7 @@ class Counting(RunStore):
     corpus_hash = 'numbers'
 
     def train(self, spec, folder, log):
-        checkpoint = folder/'checkpoint.pt'
+        checkpoint = folder/'checkpoint'/'step.txt'
         first = int(checkpoint.read_text()) if checkpoint.exists() else 0
         write_down(self.runs, 'start', spec.name, os.getpid(), first)
         for step in range(first, STEPS):

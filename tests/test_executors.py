@@ -67,7 +67,7 @@ def kill_one(folder, among=None) -> str:
     def begun(): # a run with a checkpoint
         ended = {name for name, in written(folder, 'end')}
         return [(name, int(pid)) for name, pid, _ in written(folder, 'start') if name not in ended and (among is None or int(pid) in among)
-                and any(int(f.read_text()) > 2 for f in folder.glob(f'smoke/{name}*.partial/checkpoint.pt'))]
+                and any(int(f.read_text()) > 2 for f in folder.glob(f'smoke/{name}*.partial/checkpoint/step.txt'))]
     name, pid = wait_until(begun)[0]
     os.kill(pid, signal.SIGKILL)
     return name
@@ -170,9 +170,9 @@ def test_a_run_resumes_from_the_newest_of_several_attempts(tmp_path):
     done = store.run_folder(spec)
     for age, (name, step) in enumerate([('', 3), ('.aa', 9), ('.bb', 5)]): # '': the name that folders had before
         folder = done.with_name(f'{done.name}{name}.partial')
-        folder.mkdir(parents=True)
-        (folder/'checkpoint.pt').write_text(str(step))
-        os.utime(folder/'checkpoint.pt', (1000 + age, 1000 + age))
+        (folder/'checkpoint').mkdir(parents=True)
+        (folder/'checkpoint'/'step.txt').write_text(str(step))
+        os.utime(folder/'checkpoint'/'step.txt', (1000 + age, 1000 + age))
     store.run(spec)
     assert written(tmp_path, 'start')[0][2] == '5' and not list(tmp_path.rglob('*.partial'))
 

@@ -33,7 +33,7 @@ def some_rows(train=24, val=8, test=8):
     splits = ['train'] * train + ['val'] * val + ['test'] * test
     return [(f'{i:02}.wav', f'A tone, number {i}', s) for i, s in enumerate(splits)]
 
-def nothing_computed(folder): return not [f for f in Path(folder).rglob('*') if f.suffix in ('.npy', '.part', '.pt')]
+def nothing_computed(folder): return not [f for f in Path(folder).rglob('*') if f.suffix in ('.npy', '.part', '.safetensors')]
 
 # --- errors before any feature is computed
 

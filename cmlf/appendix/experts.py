@@ -303,6 +303,7 @@ def own_experts(corpus, # `Corpus` of training sounds with tags
                 epochs:int=8, seed:int=0,
                 amp:bool=True, # bf16, where it is faster
                 log=log, # called with one line per epoch
+                checkpoint=None, # folder to write the state to, and to resume from
                ) -> dict:
     "Two taggers trained on `corpus`, in eval mode: {'audio': VGGish, 'vggsound': ResNet18}."
     if not corpus.tags:
@@ -314,6 +315,7 @@ def own_experts(corpus, # `Corpus` of training sounds with tags
             net = EXPERTS[name](width).to(device(), memory_format=torch.channels_last)
             fit_tagger(net, x, corpus.tag_matrix, epochs, 3e-3, 32, seed, amp, log,
                        head=nn.Linear(net.n_out, len(corpus.tags)),
+                       checkpoint=checkpoint and Path(checkpoint)/name,
                        recipe=replace(EXPERT_RECIPE, name=f'expert {name}'))
         nets[name] = net.eval()
     return nets
