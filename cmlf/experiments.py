@@ -7,7 +7,7 @@ __all__ = ['DUAL', 'METRICS', 'MORE', 'EXPERT_TOKENS', 'Experiment', 'scores', '
            'evaluate_on', 'measure_ce', 'operations', 'matrix_rate', 'measure', 'estimate']
 
 # %% ../nbs/14_experiments.ipynb #c4b12658
-import os, time
+import contextlib, os, time
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -23,6 +23,7 @@ from .appendix.card import write_card
 from .appendix.distributed import agree, from_first, processes, rank
 from .appendix.experts import (encoder_words, extract, load_expert, load_words,
                                    own_experts)
+from .appendix.resume import only_one
 from .baselines import CE, CESettings, ranger, train_ce
 from .config import COMPOSED, PATH_SETTINGS, VECTORS, Profile, clap_name, expert_files
 from .core import (CmlfError, absolute, atomic_path, autocast, content_hash, device, log, one_of,
@@ -415,6 +416,10 @@ def train_on(data, # corpus on disk
     out = Path(out)
     if (out/'run.json').exists():
         raise CmlfError(f'{out}: holds a finished run; give another folder')
+    with contextlib.nullcontext() if rank() else only_one(out/'work'):
+        return _train_on(data, profile, out, system, chm, seed)
+
+def _train_on(data, profile, out, system, chm, seed):
     exp = Experiment(profile.replace(source='manifest'), out/'work', data=data)
     exp.check_captions(DualEncoder.from_profile(exp.profile).text)
     exp.profile = _with_two_batches(exp.profile, len(exp.corpus.split('train')))
@@ -431,7 +436,8 @@ def train_on(data, # corpus on disk
 
 def _move(folder, out):
     # run.json is moved last: a folder with run.json counts as finished
-    files = sorted(folder.iterdir(), key=lambda f: f.name == 'run.json')
+    files = sorted((f for f in folder.iterdir() if f.name != 'checkpoint'),
+                   key=lambda f: f.name == 'run.json')
     for f in files: os.replace(f, out/f.name)
 
 # %% ../nbs/14_experiments.ipynb #ec054fa1

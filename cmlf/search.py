@@ -19,8 +19,9 @@ from .appendix.corpus_tables import read_rows, row_captions
 from .appendix.figures import write_mp3, write_spectrogram
 from .appendix.hub import model_folder
 from .appendix.nearest import build_nearest, faiss
-from .appendix.sound_store import (SoundStore, collect, encode_new, only_writer,
-                                       readable_names, scan, sound_files)
+from .appendix.resume import only_one
+from .appendix.sound_store import (SoundStore, collect, encode_new, readable_names, scan,
+                                       sound_files)
 from .core import (CmlfError, absolute, content_hash, file_hash, log, read_json, write_json)
 from .encoders import DualEncoder
 from .features import SAMPLE_RATE, load_audio
@@ -122,7 +123,7 @@ def build_index(root, # folder of sounds
     path = _captions_file(root, captions)
     texts, fresh = read_captions(path) if path else {}, not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    with only_writer(out):
+    with only_one(out, 'index'):
         files, windows, vectors, new, skipped = _encode_folder(root, out, model, mark)
         if not files:
             if fresh: shutil.rmtree(out, ignore_errors=True)

@@ -21,7 +21,7 @@ PARTS = {   # name in RUN_VERSION -> {module: None, or names of the definitions 
     'encoders': {'encoders': None, 'appendix/bert': None, 'appendix/checkpoints': None, 'appendix/dropout': None,
                  'appendix/narrow': None, 'appendix/packing': None, 'appendix/panns': None, 'appendix/models': None},
     'loss': {'loss': None}, 'metrics': {'metrics': None, 'appendix/cosines': None}, 
-    'training': {'training': None, 'appendix/linear': None, 'appendix/loading': None, 'appendix/distributed': None},
+    'training': {'training': None, 'appendix/linear': None, 'appendix/loading': None, 'appendix/distributed': None, 'appendix/resume': None},
     'baselines': {'baselines': None, 'appendix/experts': None},
     'reproduce': {'experiments': None, 'runs': _KEYS}}
 

@@ -179,8 +179,14 @@ def invalid_data(what):
 def test_invalid_training_data_is_named(what, message):
     with pytest.raises(CmlfError, match=message): train(*invalid_data(what))
 
-def test_a_broken_checkpoint_is_named(tmp_path):
-    (tmp_path/'run.pt').write_bytes(b'junk')
-    with pytest.raises(CmlfError, match='run.pt: not readable'): train(*toy_data(), checkpoint=tmp_path/'run.pt')
-    train(*toy_data(), checkpoint=tmp_path/'good.pt', save_every=0)
-    with pytest.raises(CmlfError, match='another run'): train(*toy_data(), checkpoint=tmp_path/'good.pt', seed=1)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
+    lines, (corpus, experts) = [], toy_data()
+    fit = lambda **kw: b.train_ce(corpus, corpus, corpus, experts, WORDS, TINY, checkpoint=tmp_path/'run', save_every=0, log=lines.append, **kw)
+    whole = fit()
+    newest = max((tmp_path/'run').glob('*.json'))
+    newest.write_text('{}')
+    lines.clear()
+    again = fit()
+    assert newest.name in lines[0] and 'the state before it is used' in lines[0]
+    assert again.history == whole.history and np.array_equal(again.sim, whole.sim)
+    with pytest.raises(CmlfError, match='another run'): fit(seed=1)

@@ -1,5 +1,5 @@
 "Processes killed at random moments, also while they write; damaged files; two processes; a full disk. What is left has the same bits."
-import os, random, re, shutil, signal, subprocess
+import os, random, shutil, signal, subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,6 @@ import torch
 import killing
 from cmlf.appendix.resume import Checkpoint, newest_state, write_state
 from cmlf.core import CmlfError
-from command import cmlf
 from killing import context, differences, left, run_killed, run_whole, start
 
 KILLS = int(os.environ.get('CMLF_KILLS', 6))  # of each kind of work

@@ -7,7 +7,8 @@ import pytest
 import soundfile as sf
 
 from cmlf.appendix.nearest import build_nearest, recall_of, sample_queries
-from cmlf.appendix.sound_store import only_writer, sound_files
+from cmlf.appendix.resume import only_one
+from cmlf.appendix.sound_store import sound_files
 from cmlf.cli import run_command
 from cmlf.core import CmlfError, rng, seed_everything
 from cmlf.encoders import DualEncoder, ResNet38, TextEncoder
@@ -89,7 +90,7 @@ def test_killed_at_any_moment(model, sounds, tmp_path, monkeypatch):
 
 def test_two_commands_at_once(model, sounds, tmp_path):
     (tmp_path/'i').mkdir()
-    with only_writer(tmp_path/'i'), pytest.raises(CmlfError, match='another command writes'): build_index(sounds, model, tmp_path/'i')
+    with only_one(tmp_path/'i', 'index'), pytest.raises(CmlfError, match='another command writes'): build_index(sounds, model, tmp_path/'i')
 
 def test_an_index_of_another_model_is_refused(model, sounds, tmp_path):
     other = saved_model(tmp_path/'other', 1)

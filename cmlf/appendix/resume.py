@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['pack', 'unpack', 'write_state', 'read_state', 'newest_state', 'sweep', 'Checkpoint', 'random_states',
-           'set_random_state', 'is_due']
+           'set_random_state', 'is_due', 'only_one']
 
 # %% ../../nbs/appendix/resume.ipynb #6ba03b0e
-import time
+import contextlib, time
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -190,3 +191,14 @@ def is_due(checkpoint:Checkpoint, # of the first process
     "Whether to write the state now."
     if processes() == 1: return checkpoint.late()
     return not step % _ASK and from_first(checkpoint.late)
+
+# %% ../../nbs/appendix/resume.ipynb #52f2f7b2
+@contextlib.contextmanager
+def only_one(folder, what:str='folder'): # what it is, for the message
+    "A block that only one process at a time enters; a second one gets an error."
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder/'lock', timeout=0): yield
+    except Timeout:
+        raise CmlfError(f'{folder}: another command writes to this {what}; wait for it') from None
