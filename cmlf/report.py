@@ -23,8 +23,8 @@ from .appendix.page import (all_runs, flat_settings, read_records, render, view_
                                 view_page)
 from .config import (PATH_SETTINGS, Profile, clap_name, expert_files, get_profile, locate, pick,
                          resolve_paths)
-from .core import (CmlfError, atomic_path, commit, committed, log, machine, one_of, read_json,
-                       versions, write_json, write_text)
+from .core import (CmlfError, atomic_path, commit, committed, log, machine, markdown_text,
+                       one_of, read_json, versions, write_json, write_text)
 from .data import safe_name
 from .experiments import METRICS, MORE, Experiment
 from .runs import (ROOT, RUN_VERSION, RankRun, Run, call_all, is_done, is_known,
@@ -263,7 +263,7 @@ def write_credits(corpus, # a `Corpus`
     lines = sorted({line for c in corpus.clips for line in c.credit.split(' | ') if line})
     if lines:
         write_text(path, f'# Recordings\n\n{len(lines)} recordings were used in composing these '
-                         'scenes.\n\n' + ''.join(f'- {l}\n' for l in lines))
+                         'scenes.\n\n' + ''.join(f'- {markdown_text(l)}\n' for l in lines))
     return len(lines)
 
 # %% ../nbs/16_report.ipynb #b3f7f488
