@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from .appendix.comparisons import claims_needed
 from .appendix.figures import write_mp3, write_spectrogram
-from .appendix.notebook_runs import hide_paths, run_notebook
+from .appendix.notebook_runs import check_before, hide_paths, run_notebook
 from .appendix.page import (all_runs, flat_settings, read_records, render, view_cards,
                                 view_page)
 from .config import (PATH_SETTINGS, Profile, clap_name, expert_files, get_profile, locate, pick,
@@ -365,10 +365,11 @@ def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1,
     ranked = sum(is_known(exp, s) for s in wanted) - stored
     also = f', of {ranked} the ranks are in {exp.ranks}' if exp.ranks else ''
     log(f'{profile}: {len(wanted)} runs are needed, {stored} are stored in {exp.runs}{also}')
-    exp.train_all(wanted, jobs, cluster)
     asked = dict(profile=profile, settings='; '.join(absolute_settings(settings)), seeds=seeds,
                  events=exp.events, runs=str(exp.runs), data=exp.data, out=str(out), only=only,
                  ranks=exp.ranks)
+    for n in tables: check_before(notebook_of(n), asked)
+    exp.train_all(wanted, jobs, cluster)
     call_all({f'table {n}': (_make_table, n, asked) for n in tables}, min(jobs, len(tables)))
     if set(tables) != {'claims'} or not (out/'provenance.json').exists():
         write_provenance(out) # of the tables; claims alone leave it as it is

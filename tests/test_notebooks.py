@@ -166,6 +166,13 @@ def test_a_failed_notebook_changes_no_table(write, tmp_path, monkeypatch):
     assert (out/'table1.csv').read_text() == 'old' and [p.name for p in out.iterdir() if p.suffix] == ['table1.csv']
     assert Path(re.search(r'see (.*)\)', str(e.value))[1]).exists()
 
+@pytest.mark.parametrize('what, words', [('has_kernel', 'no Jupyter kernel'), ('declared', 'unknown parameter')])
+def test_what_can_be_refused_is_refused_before_training(what, words, tmp_path, monkeypatch):
+    "Hours of training come before the notebooks."
+    monkeypatch.setattr(notebook_runs, what, lambda *_: {})
+    monkeypatch.setattr('cmlf.experiments.Experiment.train_all', lambda *_: pytest.fail('it trains'))
+    with pytest.raises(CmlfError, match=words): report.reproduce('smoke', [1], runs=tmp_path/'runs', out=tmp_path/'report')
+
 # --- nbdev
 
 def test_nbdev_clean_deletes_the_parameters_tag(tmp_path, refused):

@@ -24,7 +24,8 @@ from cmlf.appendix.experts import load_expert, read_vectors
 from cmlf.appendix.page import render, view_cards
 from cmlf.appendix.probes import for_sheets
 from cmlf.appendix.ranks import read_ranks
-from cmlf.core import CmlfError, read_json, read_npy, write_json
+from cmlf.appendix.resume import Checkpoint, read_state, write_state
+from cmlf.core import CmlfError, content_hash, file_hash, read_json, read_npy, write_json
 from cmlf.encoders import DualEncoder, TextEncoder
 from cmlf.features import FeatureStore
 from cmlf.layouts import load_corpus
@@ -32,7 +33,6 @@ from cmlf.report import write_credits, write_index
 from cmlf.runs import Run
 from cmlf.search import Hit, Hits, SoundIndex
 from cmlf.tables import write_table
-from cmlf.training import Checkpoint
 from command import ROOT
 
 # --- nothing that is read can run
@@ -140,6 +140,17 @@ def resealed_index(name): # as somebody would who wants it to be read
         return folder/'index'
     return place
 
+def in_checkpoint(ending): # sealed again, as somebody would who wants it to be read
+    def place(folder, data):
+        write_state(folder, 'plan', dict(x=torch.ones(2)))
+        (folder/f'000001.{ending}').write_bytes(data)
+        if ending == 'safetensors':
+            found = read_json(text := folder/'000001.json') | dict(tensors=file_hash(folder/'000001.safetensors'))
+            found.pop('check')
+            write_json(text, dict(check=content_hash(found, length=64), **found))
+        return folder
+    return place
+
 def in_run(name):
     def place(folder, data):
         write_json(folder/'run.json', {})
@@ -155,7 +166,8 @@ PLACES = {   # what takes a file: how the bomb gets there, how it is read
     'settings of a model': (in_model('encoders.json'), DualEncoder.load), 'tokenizer of a model': (in_model('text/tokenizer.json'), DualEncoder.load),
     'text model': (beside_weights('pytorch_model.bin'), lambda p: TextEncoder(str(p))),
     'CLAP': (beside_weights('pytorch_model.bin'), lambda p: __import__('cmlf.appendix.models').appendix.models._load_clap(str(p), None)),
-    'checkpoint': (in_folder('checkpoint.pt'), lambda p: Checkpoint(p, 'plan').load('cpu')),
+    'checkpoint, a file': (in_folder('checkpoint.pt'), lambda p: Checkpoint(p, 'plan').load('cpu')),
+    **{f'checkpoint, {s}': (in_checkpoint(s), lambda p: read_state(p, 1)) for s in ('safetensors', 'json')},
     'vectors': (in_folder('x.npy'), lambda p: read_npy(p, 'vectors')), 'features': (in_folder('x.npy'), lambda p: FeatureStore(p)[[0]]),
     **{f'expert features, {s}': (in_folder(f'f{s}'), lambda p: load_expert(p, ['a'], 2, 2)) for s in ('.npz', '.h5', '.hdf5', '.pkl')},
     'expert features, folder': (in_folder('f/a.npy'), lambda p: load_expert(p.parent, ['a'], 2, 2)),
