@@ -12,7 +12,7 @@ SITE   := _site
 
 CAPTIONS ?= $(CMLF_AUDIOCAPS_CSV)
 
-.PHONY: demo tables field test lint lab rehearsal benchmarks mining gpu export notebooks site serve hooks constraints clean
+.PHONY: demo tables field test lint lab rehearsal benchmarks mining gpu export notebooks site serve hooks constraints dependencies audit clean
 
 tables: .venv/installed
 	$(BIN)/cmlf reproduce --profile mini $(ARGS)
@@ -114,6 +114,15 @@ constraints: .venv/bin/python
 	.venv-new/bin/python -m pip install -q -e '.[dev,data,words,cluster,devices,search,lab,site]'
 	{ grep '^#' constraints.txt; .venv-new/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; grep ';' constraints.txt; } > constraints.new
 	mv constraints.new constraints.txt && rm -rf .venv-new
+
+# the list of all packages with their licences, docs/dependencies.md (after `make constraints`)
+dependencies: .venv/dev
+	$(BIN)/python -m pip install -q 'pip>=25.1'
+	$(BIN)/python tools/dependencies.py
+
+# known vulnerabilities of these versions: by pip-audit if it is installed, or make audit ARGS=/path/to/advisory-database
+audit: .venv/dev
+	$(BIN)/python tools/audit.py $(ARGS)
 
 clean:
 	rm -rf .venv .venv-new .cache $(SITE) runs

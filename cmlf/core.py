@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'CmlfError', 'one_of', 'as_bool', 'rng', 'seed_everything', 'atomic_path', 'write_text', 'absolute',
-           'write_json', 'no_file', 'read_json', 'read_npy', 'content_hash', 'file_hash', 'cache_folder', 'cached',
-           'path_hash', 'versions', 'commit', 'committed', 'device', 'has_bf16', 'measured_once', 'bf16_speed',
-           'prefers_bf16', 'precision', 'autocast', 'machine', 'has_kernel', 'Progress', 'log']
+           'markdown_text', 'write_json', 'no_file', 'read_json', 'read_npy', 'content_hash', 'file_hash',
+           'cache_folder', 'cached', 'path_hash', 'versions', 'commit', 'committed', 'device', 'has_bf16',
+           'measured_once', 'bf16_speed', 'prefers_bf16', 'precision', 'autocast', 'machine', 'has_kernel', 'Progress',
+           'log']
 
 # %% ../nbs/00_core.ipynb #fe28b0fd
 import contextlib, difflib, functools, hashlib, json, os, platform, random
@@ -88,6 +89,11 @@ def write_text(path, text:str):
 def absolute(path) -> str:
     "`path` as an absolute path; '' stays ''."
     return str(Path(path).expanduser().absolute()) if path else ''
+
+def markdown_text(text) -> str:
+    "A text on one line of a Markdown file, where it makes no tags, links or code."
+    codes = {ord(c): f'&#{ord(c)};' for c in '<[`'}
+    return ' '.join(str(text).split()).translate(codes)
 
 def write_json(path, obj):
     "Write `obj` as readable JSON, whole or not at all."

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SEEN', 'report_folder', 'Report', 'pick_queries', 'write_credits', 'provenance', 'write_provenance', 'write_index',
-           'notebook_of', 'declared', 'check_parameters', 'check_executed', 'run_notebook', 'hide_paths',
-           'absolute_settings', 'reproduce', 'against_committed', 'compare_reports', 'check_report']
+           'notebook_of', 'publish', 'absolute_settings', 'reproduce', 'against_committed', 'compare_reports',
+           'check_report']
 
 # %% ../nbs/16_report.ipynb #c88fd406
-import ast, io, json, sys
+import contextlib, io, json, os, shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,13 @@ from fastcore.basics import patch
 
 from .appendix.comparisons import claims_needed
 from .appendix.figures import write_mp3, write_spectrogram
+from .appendix.notebook_runs import check_before, hide_paths, run_notebook
 from .appendix.page import (all_runs, flat_settings, read_records, render, view_cards,
                                 view_page)
 from .config import (PATH_SETTINGS, Profile, clap_name, expert_files, get_profile, locate, pick,
                          resolve_paths)
-from .core import (CmlfError, atomic_path, commit, committed, has_kernel, log, machine, one_of,
-                       read_json, versions, write_json, write_text)
+from .core import (CmlfError, atomic_path, commit, committed, log, machine, markdown_text,
+                       one_of, read_json, versions, write_json, write_text)
 from .data import safe_name
 from .experiments import METRICS, MORE, Experiment
 from .runs import (ROOT, RUN_VERSION, RankRun, Run, call_all, is_done, is_known,
@@ -262,7 +263,7 @@ def write_credits(corpus, # a `Corpus`
     lines = sorted({line for c in corpus.clips for line in c.credit.split(' | ') if line})
     if lines:
         write_text(path, f'# Recordings\n\n{len(lines)} recordings were used in composing these '
-                         'scenes.\n\n' + ''.join(f'- {l}\n' for l in lines))
+                         'scenes.\n\n' + ''.join(f'- {markdown_text(l)}\n' for l in lines))
     return len(lines)
 
 # %% ../nbs/16_report.ipynb #b3f7f488
@@ -299,65 +300,15 @@ def notebook_of(number # of the table, or 'claims'
                         'by its notebooks')
     return path
 
-def declared(path # of a notebook
-            ) -> list:
-    "Names that the cells tagged `parameters` assign, in any form."
-    cells = [c for c in read_json(path)['cells'] if 'parameters' in c['metadata'].get('tags', [])]
-    names = []
-    for node in [n for c in cells for n in ast.parse(''.join(c['source'])).body]:
-        targets = getattr(node, 'targets', None) or [getattr(node, 'target', None)]
-        names += [n.id for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)]
-    return names
-
-# %% ../nbs/16_report.ipynb #b10dd87b
-def check_parameters(path, # of a notebook
-                     parameters:dict): # {name: value}
-    "Refuse parameters that the notebook's tagged cell does not assign."
-    known = declared(path)
-    if not known:
-        raise CmlfError(f'{path}: no cell is tagged "parameters", so the parameters would be '
-                        'ignored; tag the cell that assigns them')
-    for name in parameters: one_of(name, known, f'parameter of {Path(path).name}')
-
-def check_executed(path # of an executed notebook
-                  ):
-    "Refuse a notebook in which a code cell did not run: it has no execution count."
-    cells = [c for c in read_json(path)['cells']
-             if c['cell_type'] == 'code' and ''.join(c['source']).strip()]
-    for i, c in enumerate(cells):
-        if c['execution_count'] is None:
-            raise CmlfError(f'{path}: code cell {i + 1} of {len(cells)} never ran')
-
-# %% ../nbs/16_report.ipynb #56557875
-def run_notebook(path, # of the notebook
-                 output, # path of the executed one
-                 parameters:dict, # for its tagged cell
-                ):
-    "Execute a notebook by papermill, checked before and after."
-    import logging, papermill
-    check_parameters(path, parameters)
-    if not has_kernel():
-        raise CmlfError('no Jupyter kernel named python3: install ipykernel in this environment')
-    logging.getLogger('papermill').setLevel(logging.ERROR) # names are checked above
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        papermill.execute_notebook(str(path), str(output), parameters, kernel_name='python3',
-                                   progress_bar=False, stderr_file=sys.stderr,
-                                   cwd=str(Path(path).parent), # no warning about a local port
-                                   extra_arguments=['--log-level=ERROR'])
-    except papermill.PapermillExecutionError as e:
-        raise CmlfError(f'{path}: cell {e.exec_count} failed with {e.ename}: {e.evalue} '
-                        f'(see {output})') from None
-    check_executed(output)
-
 # %% ../nbs/16_report.ipynb #312d9af9
-def hide_paths(path, # of an executed notebook
-               folders): # absolute paths of one machine
-    "Leave only the last part of each path in a notebook that others will read."
-    text = Path(path).read_text(encoding='utf-8')
-    for folder in sorted(filter(None, map(str, folders)), key=len, reverse=True):
-        text = text.replace(folder, Path(folder).name)
-    write_text(path, text)
+def publish(fresh, # folder that a notebook wrote
+            out): # folder of the report
+    "Move all files of a folder into the report, and remove the folder."
+    for path in sorted(p for p in Path(fresh).rglob('*') if p.is_file()):
+        (to := Path(out)/path.relative_to(fresh)).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, to)
+    shutil.rmtree(fresh)
+    with contextlib.suppress(OSError): Path(fresh).parent.rmdir() # unless others are in it
 
 # %% ../nbs/16_report.ipynb #a8a31abd
 def absolute_settings(settings # texts KEY=VALUE
@@ -369,20 +320,27 @@ def absolute_settings(settings # texts KEY=VALUE
     return [f'{k}={pick(paths, k)[locate(k)[1]] if is_path(k) else v}' for k, v in pairs]
 
 # %% ../nbs/16_report.ipynb #d336032b
-def _make_table(n, asked:dict): # parameters of the notebook
-    "Run a table's notebook; the settings in force must be those that were asked for."
-    out, name = Path(asked['out']), _name_of(n)
-    run_notebook(notebook_of(n), executed := out/'notebooks'/f'{name}.ipynb', asked)
-    in_force = read_json(out/f'{name}.json')['in_force']
-    settings = [t for t in asked['settings'].split('; ') if t]
-    wanted = resolve_paths(get_profile(asked['profile'], settings))
+def _files_of(wanted): # paths in a profile
     files = [wanted.tagger.panns, wanted.ce.words, wanted.text.text_model,
              *expert_files(wanted.experts.expert_features).values(),
              clap_name(wanted.audio.encoder), wanted.batches.vectors_from]
-    hide_paths(executed, [asked['runs'], asked['ranks'], out, asked['events'], asked['data'], ROOT,
-                          *(f for f in files if Path(f).is_absolute())])
+    return [f for f in files if Path(f).is_absolute()]
+
+def _make_table(n, asked:dict): # parameters of the notebook
+    "Run a table's notebook; the settings in force must be those that were asked for."
+    out, name = Path(asked['out']), _name_of(n)
+    shutil.rmtree(fresh := out/'unfinished'/name, ignore_errors=True) # of an earlier try
+    executed = fresh/'notebooks'/f'{name}.ipynb'
+    run_notebook(notebook_of(n), executed, asked | dict(out=str(fresh)))
+    in_force = read_json(fresh/f'{name}.json')['in_force']
+    settings = [t for t in asked['settings'].split('; ') if t]
+    wanted = resolve_paths(get_profile(asked['profile'], settings))
     if in_force != wanted.asdict():
         raise CmlfError(f'{name}.ipynb ran with other settings than were asked for: {in_force}')
+    folders = [*(asked[k] for k in ('runs', 'ranks', 'events', 'data')), *_files_of(wanted)]
+    hide_paths(executed, dict.fromkeys([*folders, out, ROOT], '') |
+               {fresh: out.name, Path.home(): '~'})
+    publish(fresh, out)
 
 # %% ../nbs/16_report.ipynb #f17fcfd8
 def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1,
@@ -407,10 +365,11 @@ def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1,
     ranked = sum(is_known(exp, s) for s in wanted) - stored
     also = f', of {ranked} the ranks are in {exp.ranks}' if exp.ranks else ''
     log(f'{profile}: {len(wanted)} runs are needed, {stored} are stored in {exp.runs}{also}')
-    exp.train_all(wanted, jobs, cluster)
     asked = dict(profile=profile, settings='; '.join(absolute_settings(settings)), seeds=seeds,
                  events=exp.events, runs=str(exp.runs), data=exp.data, out=str(out), only=only,
                  ranks=exp.ranks)
+    for n in tables: check_before(notebook_of(n), asked)
+    exp.train_all(wanted, jobs, cluster)
     call_all({f'table {n}': (_make_table, n, asked) for n in tables}, min(jobs, len(tables)))
     if set(tables) != {'claims'} or not (out/'provenance.json').exists():
         write_provenance(out) # of the tables; claims alone leave it as it is

@@ -7,7 +7,7 @@ __all__ = ['ROWS', 'SYSTEMS', 'AUDIOCAPS', 'TITLES', 'COMPARISONS', 'Row', 'spec
            'print_plan', 'cost', 'table', 'pretty', 'write_table', 'paper_row', 'verdict', 'claims', 'pretty_claims']
 
 # %% ../nbs/15_tables.ipynb #f4a1a4c2
-import contextlib, itertools
+import contextlib, itertools, re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .config import COMPOSED
-from .core import CmlfError, device, log, one_of, precision, write_text
+from .core import CmlfError, device, log, markdown_text, one_of, precision, write_text
 from .data import SPLITS
 from .experiments import (METRICS, MORE, Experiment, estimate, measure, more_scores,
                               scores)
@@ -300,6 +300,11 @@ def _one_header(shown): # two header rows joined into one
     flat.columns = [name(a, b) if 'R@' in b or a == 'Selected' else b for a, b in shown.columns]
     return flat
 
+_TEX = {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}'}
+
+def _tex(text): # pandas escapes cells, but not captions
+    return re.sub(r'[\\~^&%$#_{}]', lambda c: _TEX.get(c[0], '\\' + c[0]), text)
+
 def write_table(frame:pd.DataFrame, # from `table`
                 number:int, # which table
                 path, # path without file extension
@@ -309,10 +314,11 @@ def write_table(frame:pd.DataFrame, # from `table`
     path, shown = Path(path), pretty(frame, number)
     body = _one_header(shown).to_markdown(index=False, disable_numparse=True)
     write_text(path.with_suffix('.md'),
-               f'**{title}**\n\n{body}\n\n' + '\n'.join(f'- {n}' for n in notes) + '\n')
+               f'**{markdown_text(title)}**\n\n{body}\n\n' +
+               ''.join(f'- {markdown_text(n)}\n' for n in notes))
     write_text(path.with_suffix('.csv'), frame.to_csv(index=False))
-    write_text(path.with_suffix('.tex'), shown.to_latex(index=False, escape=True, caption=title,
-                                                        multicolumn_format='c'))
+    write_text(path.with_suffix('.tex'), shown.to_latex(
+        index=False, escape=True, caption=_tex(title), multicolumn_format='c'))
 
 # %% ../nbs/15_tables.ipynb #cfece69d
 def _matching(number, **wanted):

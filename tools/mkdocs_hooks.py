@@ -53,7 +53,7 @@ def on_config(config):
         {'Notebooks': ['nbs/index.ipynb', *rooms, {'Appendix': notebooks('nbs/appendix')}, {'Tables': notebooks('nbs/tables')}]},
         {'API': ['api/index.md', *({m: f'api/{m}.md'} for m in modules())]},
         {'Reports': ['reports/index.md', 'reports/benchmarks/mining.md']},
-        {'Project': ['contributing.md', 'changelog.md']}]
+        {'Project': ['contributing.md', 'dependencies.md', 'changelog.md']}]
     return config
 
 @event_priority(100)  # before mkdocs-jupyter, which wraps the notebooks

@@ -8,7 +8,7 @@ __all__ = ['model_card', 'write_card']
 # %% ../../nbs/appendix/card.ipynb #6547bfa3
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..core import write_text
+from ..core import markdown_text, write_text
 from ..metrics import DIRECTIONS, KS, interval
 from ..runs import Run
 
@@ -104,12 +104,12 @@ def model_card(run:Run,
     "The card of a finished run of a dual encoder."
     m = run.metadata
     found = run.retrieval() if (run.folder/'test.npz').exists() else None
-    facts = '\n'.join(f'- **{k}**: {v}' for k, v in _facts(m).items())
+    facts = '\n'.join(f'- **{k}**: {markdown_text(v)}' for k, v in _facts(m).items())
     scores = 'It was trained without a test set, so there are no scores.' if found is None else (
         f'On the test set ({found.pool["clips"]} clips, {found.pool["captions"]} captions; '
         f'{m["pool"]["coverage"]}), percent, with 95 % intervals over clips:\n\n{_score_table(found)}')
-    page = _PAGE.format(head=_head(m, found).to_yaml(), name=title or m['name'], facts=facts,
-                        scores=scores, licence=_DATA[m['profile']['corpus']['source']][1])
+    page = _PAGE.format(head=_head(m, found).to_yaml(), name=markdown_text(title or m['name']),
+                        facts=facts, scores=scores, licence=_DATA[m['profile']['corpus']['source']][1])
     return page.replace('FOLDER', folder)
 
 # %% ../../nbs/appendix/card.ipynb #64e59322

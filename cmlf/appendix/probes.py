@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROBE_VERSION', 'index_files', 'locate', 'unpack_sounds', 'locate_all', 'probe', 'probe_files',
-           'make_coverage_report', 'coverage_summary', 'save_coverage_report']
+           'make_coverage_report', 'coverage_summary', 'for_sheets', 'save_coverage_report']
 
 # %% ../../nbs/appendix/probes.ipynb #821ebdc9
 import json, os, re, shutil
@@ -259,12 +259,19 @@ def coverage_summary(report) -> str:
     return _joined(usable, *why, *(f'{n} {what}' for n, what in counts if n))
 
 # %% ../../nbs/appendix/probes.ipynb #44d358b4
+_FORMULA = re.compile(r'[=+@\t\r]|-.*[(|!=]') # not the id -0Fwbkmbb8
+
+def for_sheets(frame:pd.DataFrame) -> pd.DataFrame:
+    "The same table; a text that a spreadsheet would run as a formula begins with an apostrophe."
+    plain = lambda x: f"'{x}" if isinstance(x, str) and _FORMULA.match(x) else x
+    return frame.map(plain)
+
 def save_coverage_report(report, # from `make_coverage_report`
                          file, # csv file to write
                          top, # the folder of the sound, for the message
                         ) -> None:
     "Write the report and log its summary; `CmlfError` if no clip has usable sound."
-    with atomic_path(file) as tmp: report.to_csv(tmp, index=False)
+    with atomic_path(file) as tmp: for_sheets(report).to_csv(tmp, index=False)
     if not report.used.any():
         raise CmlfError(f'{top}: none of {len(report)} clips has usable sound, e.g. '
                         f'{report.id[0]}: {report.reason[0]}; give the right folder with audio=')
