@@ -80,7 +80,10 @@ def _reproduce_command(
     "Reproduce Tables I-III: train missing runs, reuse stored ones, write the report."
     numbers = _tables(tables)
     if seeds < 1: raise CmlfError(f'seeds {seeds} should be at least 1')
-    if check: return _check(profile, out, events, data, ranks)
+    if check:
+        given = {'--set': set_, '--only': only, '--seeds': seeds > 1, '--tables': tables != '1,2,3',
+                 '--runs': runs, '--cluster': cluster, '--plan': plan}
+        return _check(profile, out, events, data, ranks, [k for k, v in given.items() if v])
     profile = profile or 'mini'
     if plan: return _plan(profile, set_, runs, events, data, only, ranks, numbers, seeds)
     from cmlf.report import against_committed, reproduce
@@ -102,9 +105,11 @@ def _plan(profile, settings, runs, events, data, only, ranks, numbers, seeds):
     more = claims_needed(exp, seeds) if 'claims' in numbers else []
     print_plan(exp, [n for n in numbers if n != 'claims'], seeds, more)
 
-def _check(profile, out, events, data, ranks): # settings and seeds are in the records of a report
+def _check(profile, out, events, data, ranks, more): # names of options that have no meaning here
     from cmlf.appendix.check import check_all
     from cmlf.config import PROFILES
+    if more:
+        raise CmlfError(f'--check takes what was asked for from the report: leave out {more[0]}')
     if profile: one_of(profile, PROFILES, 'profile')
     if not check_all(profile, out, events, data, ranks): raise typer.Exit(2)
 

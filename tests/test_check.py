@@ -186,6 +186,10 @@ def test_the_command_fails_with_a_line_per_difference(report, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith('small table2.csv row 3 (scratch 3) t2a_r1') and lines[-1] == 'small: 2 differences'
 
+def test_options_that_have_no_meaning_are_refused(capsys):
+    assert run_command(['reproduce', '--check', '--set', 'tau=0.2']) == 2
+    assert capsys.readouterr().err == 'cmlf: --check takes what was asked for from the report: leave out --set\n'
+
 def test_claims_are_checked_against_their_ranks(tmp_path):
     "The committed claims, with one edited effect; the tables are left out, so this takes seconds."
     report = shutil.copytree(ROOT/'reports'/'mini', tmp_path/'mini', ignore=shutil.ignore_patterns('table*.json', 'notebooks', 'sounds'))
