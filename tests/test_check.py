@@ -94,6 +94,20 @@ def test_a_removed_table_is_named(report):
     (report/'claims2.csv').unlink()
     assert 'claims2.csv: missing' in wrong(report)
 
+def test_a_table_whose_record_is_gone_is_not_passed(report):
+    shutil.copy(report/'table2.csv', report/'table1.csv')
+    assert 'table1.csv: a table that no record of the report names' in wrong(report)
+
+@pytest.mark.parametrize('change,path', [(lambda r: r['tables'][0].update(title='Table 2'), 'tables.table2.title'),
+                                         (lambda r: r['tables'][0]['notes'].append('More.'), 'tables.table2.notes.'),
+                                         (lambda r: r['in_force']['optimiser'].update(tau=1), 'in_force.tau'),
+                                         (lambda r: r['corpus']['clips'].update(test=99), 'corpus.clips.test')])
+def test_an_edited_record_is_named(report, change, path):
+    record = json.loads((report/'table2.json').read_text())
+    change(record)
+    write_json(report/'table2.json', record)
+    assert f'table2.json {path}' in wrong(report)
+
 # --- the files of ranks
 
 def test_a_removed_file_is_named(report):
@@ -192,7 +206,7 @@ def test_options_that_have_no_meaning_are_refused(capsys):
 
 def test_claims_are_checked_against_their_ranks(tmp_path):
     "The committed claims, with one edited effect; the tables are left out, so this takes seconds."
-    report = shutil.copytree(ROOT/'reports'/'mini', tmp_path/'mini', ignore=shutil.ignore_patterns('table*.json', 'notebooks', 'sounds'))
+    report = shutil.copytree(ROOT/'reports'/'mini', tmp_path/'mini', ignore=shutil.ignore_patterns('table*', 'claims?.*', 'notebooks', 'sounds'))
     edit(report/'variants.csv', lambda f: add(f, 'mean', 1))
     lines = [l for l in check_report(report).wrong if not l.startswith(('provenance', 'index'))]
     assert len(lines) == 1 and lines[0].startswith('variants.csv row 3 (stage 3 random, BatchNorm fixed) mean: ') and 'ranks/stage3-scratch-chm-' in lines[0]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['differences', 'ranks_name', 'file_faults', 'moved', 'made_anew', 'cell_faults', 'files_of', 'line_faults',
-           'provenance_faults', 'Checked', 'check_report', 'reports_here', 'check_all']
+           'record_differences', 'provenance_faults', 'Checked', 'check_report', 'reports_here', 'check_all']
 
 # %% ../../nbs/appendix/check.ipynb #43d08988
 import shutil, tempfile
@@ -18,7 +18,7 @@ import pandas as pd
 from .claims_page import ClaimsReport
 from .comparisons import (
     COMPARISONS, points_of, variant_point, variants_of, ways_of)
-from .page import read_records, render, view_page
+from .page import flat_settings, read_records, render, view_page
 from .ranks import read_ranks
 from ..config import GROUPS, PATH_SETTINGS, Profile, get_profile, pick
 from ..core import CmlfError, committed, read_json
@@ -193,6 +193,30 @@ def line_faults(path, anew) -> list: # of lines
     return lines + ([f'{Path(path).name}: {len(a)} lines, {len(b)} from the ranks']
                     if len(a) != len(b) else [])
 
+# %% ../../nbs/appendix/check.ipynb #d495771d
+def _keyed(x): # lists as dictionaries, those of named things by their names
+    if isinstance(x, dict): return {k: _keyed(v) for k, v in x.items()}
+    if not isinstance(x, list): return x
+    x = [v for v in x if not (isinstance(v, str) and _ELSEWHERE in v)]
+    return {v['name'] if isinstance(v, dict) and 'name' in v else str(i): _keyed(v)
+            for i, v in enumerate(x)}
+
+def record_differences(record:dict, # of a table
+                       report:Report, # that made it anew
+                      ) -> list: # of (path of the entry, in the record, made anew)
+    "Where a record differs from what the ranks, the settings and the corpus give."
+    corpus, now = report.exp.corpus, flat_settings(report.exp.profile.asdict())
+    told = {k: v for k, v in flat_settings(record['in_force']).items()
+            if k in now and k not in PATH_SETTINGS}
+    effects = [e for e in record.get('effects', []) if e['name'] != 'geometry']
+    a = dict(in_force=told, corpus={k: record['corpus'][k] for k in ('hash', 'clips')},
+             tables=record['tables'], claims=record.get('claims') or {}, effects=effects)
+    b = dict(in_force={k: now[k] for k in told}, tables=report.tables,
+             corpus=dict(hash=corpus.hash,
+                         clips={s: len(corpus.split(s)) for s in a['corpus']['clips']}),
+             claims=report.claims or {}, effects=report.effects)
+    return differences(_keyed(a), _keyed(b))
+
 # %% ../../nbs/appendix/check.ipynb #a8bbf832
 def provenance_faults(out:Path, # folder of a report
                       records:dict, # number -> record
@@ -234,7 +258,7 @@ class Checked:
         left = ', '.join(f'{n} {what}' for what, n in self.unchecked.items())
         return (f'{self.name}: {self.cells:,} cells of {self.tables} tables follow from '
                 f'{self.files} ranks files; {sum(self.unchecked.values())} cells are not checked '
-                f'({left or "none"}), nor are pictures and sounds'
+                f'({left or "none"}), nor are pictures, sounds and executed notebooks'
                 + f'; {self.spare} ranks files belong to no table' * bool(self.spare))
 
 # %% ../../nbs/appendix/check.ipynb #f1173c93
@@ -244,10 +268,8 @@ def _given(name, c): # a label of a row, or a number of the paper
 
 def _count(check, path, made): # the cells of a table of the report
     frame = _read(path)
-    if not made: # by embeddings, or by nobody
-        n = int((frame != '').sum().sum())
-        why = 'made from embeddings' if path.stem == 'geometry' else 'made by nothing known'
-        check.unchecked[f'of {path.name}: {why}'] = n
+    if not made:
+        check.unchecked[f'of {path.name}: made from embeddings'] = int((frame != '').sum().sum())
         return
     check.tables += 1
     for c in frame:
@@ -284,18 +306,24 @@ def _compare(check, out, anew, report, record): # the files that one report has 
             check.wrong += cell_faults(out/path.name, path,
                                        files_of(report, path.stem, record['runs']))
             _count(check, out/path.name, True)
-    told = {e['name']: e for e in record.get('effects', [])}
-    check.wrong += [f'{report.name}.json {e["name"]} row {i + 1}: {x}, from the ranks {y}'
-                    for e in report.effects if e['name'] in told
-                    for i, (x, y) in enumerate(zip(told[e['name']]['rows'], e['rows'])) if x != y]
+    check.wrong += [f'{report.name}.json {k}: {x!r}, from the ranks {y!r}'
+                    for k, x, y in record_differences(record, report)]
 
 def _records(out):
     records = read_records(out)
     for n, r in records.items():
-        if not {'asked', 'runs', 'tables'} <= set(r):
-            raise CmlfError(f'{out}: the record of {n} lacks what was asked or which runs answered; '
-                            'write the report again')
+        if lacking := {'asked', 'in_force', 'corpus', 'tables', 'runs'} - set(r):
+            raise CmlfError(f'{out}: the record of {n} has no {sorted(lacking)[0]!r}; write the '
+                            'report again')
     return records
+
+def _check_rest(check, out, records, compared): # tables that were not made, and files of no table
+    named = {e['name'] for r in records.values()
+             for e in [*r['tables'], *r.get('effects', []), r.get('claims') or dict(name='')]}
+    for path in sorted(out.glob('*.csv')):
+        if path.stem == 'geometry': _count(check, path, False)
+        elif path.name not in compared and path.stem not in named:
+            check.wrong.append(f'{path.name}: a table that no record of the report names')
 
 def check_report(out, # folder of a report
                  events:str='', data:str='', # as in `Experiment`
@@ -314,13 +342,11 @@ def check_report(out, # folder of a report
             anew = Path(tmp)/str(n)
             try: report = made_anew(n, record['asked'], good, anew, events, data)
             except CmlfError as e:
-                check.wrong.append(f'{"claims" if n == "claims" else f"table{n}"}.csv: cannot be made '
-                                   f'from ranks: {e}')
+                name = n if n == 'claims' else f'table{n}'
+                check.wrong.append(f'{name}.csv: cannot be made from ranks: {e}')
             else: _compare(check, out, anew, report, record)
-        known = {p.name for p in Path(tmp).rglob('*.csv')}
+        _check_rest(check, out, records, {p.name for p in Path(tmp).rglob('*.csv')})
         check.files = len(list(good.iterdir()))
-    for path in sorted(out.glob('*.csv')):
-        if path.name not in known: _count(check, path, False)
     named = {ranks_name(r) for record in records.values() for r in record['runs'].values()}
     check.spare = len({p.name for p in ranks.glob('*.npz')} - named)
     check.wrong += provenance_faults(out, records)
