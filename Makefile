@@ -12,7 +12,7 @@ SITE   := _site
 
 CAPTIONS ?= $(CMLF_AUDIOCAPS_CSV)
 
-.PHONY: demo tables field test lint lab rehearsal benchmarks mining gpu export notebooks site serve hooks constraints dependencies audit clean
+.PHONY: demo tables field test reproduced lint lab rehearsal benchmarks mining gpu export notebooks site serve hooks constraints dependencies audit clean
 
 tables: .venv/installed
 	$(BIN)/cmlf reproduce --profile mini $(ARGS)
@@ -24,6 +24,10 @@ field: .venv/installed
 test: .venv/dev
 	cd nbs && OMP_NUM_THREADS=1 ../$(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# REPRODUCED.md: run its commands on this machine, measure, compare, answer (quick parts only: ARGS="--profile smoke")
+reproduced: .venv/dev
+	$(BIN)/python tools/reproduced.py $(ARGS)
 
 # names that do not resolve, imports that nobody uses, and other errors that can be seen without running
 lint: .venv/dev

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEEN', 'report_folder', 'Report', 'pick_queries', 'write_credits', 'provenance', 'write_provenance', 'write_index',
-           'notebook_of', 'publish', 'absolute_settings', 'reproduce', 'against_committed', 'compare_reports',
-           'check_report']
+           'notebook_of', 'publish', 'absolute_settings', 'reproduce', 'against_committed', 'compare_reports']
 
 # %% ../nbs/16_report.ipynb #c88fd406
 import contextlib, io, json, os, shutil
@@ -26,7 +25,7 @@ from .config import (PATH_SETTINGS, Profile, clap_name, expert_files, get_profil
 from .core import (CmlfError, atomic_path, commit, committed, log, machine, markdown_text,
                        one_of, read_json, versions, write_json, write_text)
 from .data import safe_name
-from .experiments import METRICS, MORE, Experiment
+from .experiments import Experiment
 from .runs import (ROOT, RUN_VERSION, RankRun, Run, call_all, is_done, is_known,
                        jobs_for)
 from .tables import (TITLES, check_needs, claims, pretty, pretty_claims, runs_needed, table,
@@ -124,7 +123,7 @@ def notes(self:Report,
           frame:pd.DataFrame, # from `table`
          ) -> list:
     "What a reader must know beside the numbers."
-    scored = frame.dropna(subset=['pool_clips'])
+    scored = frame.dropna(subset=['pool_clips']) if 'pool_clips' in frame else frame[:0]
     if not len(scored): return ['No run of this table is stored.']
     notes = [_pool_note(scored.iloc[0]), _budget_note(self.exp.profile),
              _seeds_note(self.seeds, scored)]
@@ -415,29 +414,3 @@ def compare_reports(old, new, # Table I, twice
     rows = ', '.join(f'{name} {by:+.1f}' for name, by in moved.items())
     return (f'against the committed report ({old_origin["commit"]}), T2A R@1: {rows}: {usual}'
             + _other_code(old_origin, new_origin))
-
-# %% ../nbs/16_report.ipynb #818af873
-def _differing(path, frame): # a table on disk, and the same from the runs
-    shown = pd.read_csv(path)
-    for c in [c for c in METRICS + MORE if c in shown]:
-        a, b = shown[c].astype(float), frame[c].astype('Float64').astype(float)
-        for i in np.flatnonzero(~np.isclose(a, b, equal_nan=True)):
-            yield f'{path.name} row {i + 1} {c}: {a[i]} in the report, {b[i]} in the runs'
-
-def check_report(exp:Experiment, numbers, # of tables
-                 seeds:int, # how many
-                 out:str='', # folder of the report
-                ) -> list: # of lines, one per differing cell
-    "Where the tables of a report are not what the stored runs give."
-    out, stale = report_folder(exp.profile.name, out), []
-    fix = 'run `cmlf reproduce` first'
-    for n in numbers:
-        if not (path := out/f'table{n}.csv').exists():
-            raise CmlfError(f'{path}: no such table; {fix}')
-        for spec in runs_needed(exp, [n], seeds):
-            if not is_known(exp, spec):
-                raise CmlfError(f'run {spec.name} ({exp.key(spec)}) is not in {exp.runs}; {fix}')
-        if 'runs' not in (frame := table(exp, n, seeds)):
-            raise CmlfError(f'{exp.runs}: holds no run of Table {n}; {fix}')
-        stale += _differing(path, frame)
-    return stale

@@ -54,7 +54,7 @@ def test_check_finds_an_edited_cell(report, tmp_path):
     table.loc[row, 't2a_r1'] += 5
     table.to_csv(edited/'table1.csv', index=False)
     done = cmlf('reproduce', '--profile', 'smoke', '--check', '--out', edited)
-    assert done.returncode == 1 and f'table1.csv row {row + 1} t2a_r1' in done.stdout
+    assert done.returncode == 2 and f'edited table1.csv row {row + 1} (CE) t2a_r1: ' in done.stdout and 'from ranks/ce-b' in done.stdout
 
 # --- the page
 
