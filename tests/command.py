@@ -1,15 +1,34 @@
 "Helpers of the tests: run the `cmlf` command in a new process, start a browser."
-import os, shutil, subprocess, sys
+import os, shutil, subprocess, sys, tempfile
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 
-def cmlf(*arguments, cwd=ROOT, **env):
-    "Run the command in a new process; the finished process with its output."
-    return subprocess.run([sys.executable, '-c', 'from cmlf.cli import main; main()', *map(str, arguments)], cwd=cwd,
-                          capture_output=True, text=True, env={**os.environ, **env}, timeout=600)
+# a server that has imported everything: its children start at once, instead of after some seconds
+context = get_context('forkserver')
+context.set_forkserver_preload(['cmlf.cli', 'cmlf.experiments', 'cmlf.report', 'cmlf.search', 'cmlf.appendix.evaluation'])
+
+def _call(arguments, cwd, env, out, err):
+    for path, fd in ((os.devnull, 0), (out, 1), (err, 2)): os.dup2(os.open(path, os.O_RDWR), fd)
+    os.chdir(cwd)
+    os.environ.clear(); os.environ.update(env)
+    sys.argv = ['cmlf', *arguments]
+    from cmlf.cli import main
+    main()
+
+def cmlf(*arguments, cwd=ROOT, fresh=False, **env):
+    "Run the command in a new process; the finished process with its output. `fresh`: one that imports everything itself."
+    arguments = [*map(str, arguments)]
+    if fresh: return subprocess.run([sys.executable, '-c', 'from cmlf.cli import main; main()', *arguments], cwd=cwd,
+                                    capture_output=True, text=True, env={**os.environ, **env}, timeout=600)
+    with tempfile.NamedTemporaryFile('r') as out, tempfile.NamedTemporaryFile('r') as err:
+        process = context.Process(target=_call, args=(arguments, cwd, {**os.environ, **env}, out.name, err.name))
+        process.start(); process.join(600)
+        if process.is_alive(): process.kill(); raise subprocess.TimeoutExpired(arguments, 600)
+        return subprocess.CompletedProcess(arguments, process.exitcode, out.read(), err.read())
 
 def assert_refused(done, *words):
     "Check for exit code 2 and exactly one line on stderr, which contains all `words`."

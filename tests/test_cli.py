@@ -35,7 +35,7 @@ def test_help_of_every_command():
     for command in ('reproduce', 'data', 'mine', 'train', 'evaluate', 'serve', 'doctor'): assert cmlf(command, '--help').returncode == 0
 
 def test_data_is_the_same_in_every_process(tmp_path):
-    hashes = [json.loads(cmlf('data', '--profile', 'smoke', '--json', PYTHONHASHSEED=s).stdout)['hash'] for s in ('1', '2')]
+    hashes = [json.loads(cmlf('data', '--profile', 'smoke', '--json', fresh=True, PYTHONHASHSEED=s).stdout)['hash'] for s in ('1', '2')]
     assert hashes[0] == hashes[1]
 
 def test_a_corpus_written_out_can_be_read_back(tmp_path):
