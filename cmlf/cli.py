@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 
-from .core import CmlfError, absolute, log, one_of
+from .core import CmlfError, absolute, is_full_disk, log, one_of
 
 # %% ../nbs/18_cli.ipynb #c66199fb
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -350,6 +350,15 @@ def _gap(folder, as_json):
 # %% ../nbs/18_cli.ipynb #9a406a1f
 _FOLDERS = 'CMLF_RUNS', 'CMLF_CACHE', 'CMLF_ESC_DIR', 'CMLF_AUDIOCAPS_CSV', 'CMLF_PANNS'
 
+def _as_line(e): # what to do about an error that is none of ours; '' if it is a fault of the code
+    path = (e.filename2 or e.filename) if isinstance(e, OSError) else ''
+    if is_full_disk(e):
+        return (f'{path}: ' if path else '') + ('no space left on the disk; what was finished stays'
+               ' valid: free some space, and run the same command again')
+    if path: return f'{path}: {(e.strerror or str(e)).lower()}; check this path and its disk'
+    # only errors of command-line usage have it
+    return e.format_message() if hasattr(e, 'format_message') else ''
+
 def run_command(arguments:list|None=None, # None: those of the command line
                ) -> int: # exit code
     "Run the `cmlf` command; for bad input, print one line to stderr and return 2."
@@ -360,12 +369,8 @@ def run_command(arguments:list|None=None, # None: those of the command line
     except (KeyboardInterrupt, typer.Abort):
         log('cmlf: stopped; the same command resumes'); return 130
     except BrokenPipeError: return 141
-    except OSError as e: # a path that cannot be read or written, or a full disk
-        if not (path := e.filename2 or e.filename): raise
-        message = f'{path}: {(e.strerror or str(e)).lower()}; check this path and its disk'
     except Exception as e:
-        if not hasattr(e, 'format_message'): raise # only errors of command-line usage have it
-        message = e.format_message()
+        if not (message := _as_line(e)): raise
     if _launched():
         from cmlf.appendix.distributed import let_first_report
         let_first_report()

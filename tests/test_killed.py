@@ -1,5 +1,5 @@
 "Processes killed at random moments, also while they write; damaged files; two processes; a full disk. What is left has the same bits."
-import os, random, shutil, signal, subprocess
+import json, os, random, re, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,9 @@ import torch
 import killing
 from cmlf.appendix.resume import Checkpoint, newest_state, write_state
 from cmlf.core import CmlfError
+from command import cmlf
 from killing import context, differences, left, run_killed, run_whole, start
+from test_runs import SMALL, some_rows, tones
 
 KILLS = int(os.environ.get('CMLF_KILLS', 6))  # of each kind of work
 
@@ -118,9 +120,9 @@ def test_two_processes_train_a_run_once(whole, tmp_path):
 
 @pytest.fixture
 def disk(tmp_path):
-    "A disk of 3 MB."
+    "A disk of 6 MB."
     folder = tmp_path/'disk'; folder.mkdir()
-    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=3m', 'tmpfs', str(folder)], capture_output=True, text=True)
+    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=6m', 'tmpfs', str(folder)], capture_output=True, text=True)
     if done.returncode: pytest.skip(f'no small disk can be mounted here: {done.stderr.strip()}')
     yield folder
     subprocess.run(['umount', '-l', str(folder)], check=True)
@@ -140,3 +142,56 @@ def test_a_full_disk_leaves_the_checkpoint_before(disk):
     assert saved.load('cpu')['i'] == 1
     filler.unlink(); saved.save(i=3, w=torch.rand(100_000))
     assert saved.load('cpu')['i'] == 3
+
+def refused(done):
+    lines = [l for l in done.stderr.splitlines() if l.startswith('cmlf: ')]
+    assert done.returncode == 2 and len(lines) == 1 and 'Traceback' not in done.stderr, done.stderr
+    return lines[0]
+
+@pytest.mark.parametrize('leave', [20_000, 400_000, 1_500_000])
+def test_training_on_a_full_disk_ends_with_one_line_and_goes_on(leave, disk, tmp_path):
+    "The disk is full when features, checkpoints or the model are written."
+    data = tones(tmp_path/'own', some_rows())
+    command = 'train', '--data', data, *SMALL, '--system', 'baseline', '--out', disk/'run'
+    filler = fill(disk, leave)
+    assert re.search('no space left|the store needs', refused(cmlf(*command)))
+    filler.unlink(); subprocess.run(['mount', '-o', 'remount,size=80m', str(disk)], check=True)
+    done = cmlf(*command)
+    assert done.returncode == 0 and (disk/'run'/'run.json').exists(), done.stderr
+
+def test_indexing_on_a_full_disk_ends_with_one_line_and_goes_on(disk, tmp_path):
+    pytest.importorskip('faiss', reason='searching needs the extra search')
+    tones(tmp_path/'own', some_rows(2, 2, 2))
+    command = 'index', tmp_path/'own', '--model', 'demo', '--out', disk/'index'
+    filler = fill(disk, 20_000)
+    assert 'disk is full' in refused(cmlf(*command))
+    filler.unlink()
+    assert cmlf(*command).returncode == 0 and json.loads(cmlf('search', disk/'index', 'a tone', '--json').stdout)
+
+# --- same in, same out
+
+def _train_some(folder, jobs):
+    exp = killing.experiment(folder)
+    exp.train_all([exp.spec('3cmlf', 'scratch', True), exp.spec('ce')], jobs=jobs)
+
+def test_the_same_bits_with_one_job_and_two(tmp_path):
+    for jobs in (1, 2):
+        process = context.Process(target=_train_some, args=(tmp_path/str(jobs), jobs))
+        process.start(); process.join()
+        assert process.exitcode == 0
+    one, two = left(tmp_path/'1'), left(tmp_path/'2')
+    assert len(one) > 20 and differences(one, two) == []
+
+SCRIPT = '''
+import sys
+sys.path.insert(0, sys.argv[1])
+import killing
+killing.three_stages(sys.argv[2])
+'''
+
+def test_the_same_bits_in_fresh_processes(whole, tmp_path):
+    "Another process, another seed of Python's hashes, another folder."
+    subprocess.run([sys.executable, '-c', SCRIPT, str(Path(__file__).parent), str(tmp_path/'again')], check=True, capture_output=True,
+                   env={**os.environ, 'PYTHONHASHSEED': '7'})
+    expected, _ = whole('three_stages')
+    assert differences(expected, left(tmp_path/'again')) == []

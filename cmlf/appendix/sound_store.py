@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import CmlfError, Progress, file_hash, log
+from ..core import CmlfError, Progress, file_hash, is_full_disk, log
 
 # %% ../../nbs/appendix/sound_store.ipynb #376f4179
 SUFFIXES = {'.' + s for s in 'wav flac mp3 ogg oga opus aif aiff aifc au snd caf w64 rf64 m4a aac wma '
@@ -76,8 +76,9 @@ class SoundStore:
     def _clear_errors(self):
         try: yield
         except sqlite3.DatabaseError as e:
-            raise CmlfError(f'{self.path}: cannot be used as a database ({e}); if the disk is not '
-                            'full, delete it and index the folder again') from None
+            fix = ('free some space, and run the same command again' if is_full_disk(e)
+                   else 'delete it and index the folder again')
+            raise CmlfError(f'{self.path}: cannot be used as a database ({e}); {fix}') from None
 
     def close(self): self.db.close()
 
