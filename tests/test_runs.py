@@ -9,6 +9,7 @@ import soundfile
 import torch
 
 from cmlf.appendix.checkpoints import panns_front_end
+from cmlf.appendix.resume import only_one
 from cmlf.core import CmlfError
 from cmlf.encoders import ResNet38
 from cmlf.experiments import evaluate_on
@@ -71,6 +72,12 @@ def test_an_infinite_loss_gives_one_line_with_place_and_fix(tmp_path):
     done = cmlf('train', '--data', data, *SMALL, '--set', 'lr=1e30', '--set', 'schedule=constant', '--set', 'clip_norm=0', '--out', tmp_path/'run',
                 '--system', 'baseline')
     assert_refused_after_facts(done, 'stage 1', 'epoch 1', 'lower lr=1e+30')
+
+def test_two_commands_in_one_folder(tmp_path):
+    data = tones(tmp_path/'own', some_rows())
+    with only_one(tmp_path/'run'/'work'):
+        done = cmlf('train', '--data', data, *SMALL, '--out', tmp_path/'run')
+    assert_refused_after_facts(done, 'another command writes to this folder')
 
 def test_class_names_as_captions_train(tmp_path):
     "4 captions on 64 clips: groups too large for the batches are spread, and one line per run reports it."
