@@ -193,7 +193,7 @@ def test_a_good_model_is_told_apart_from_a_shuffled_one_by_the_command(model, da
     r = rng(0, 'audio').normal(size=(12, 8))
     texts, shuffled = np.repeat(r, 5, axis=0), np.roll(r, 3, axis=0)
     audio = iter([r, shuffled])
-    monkeypatch.setattr(evaluation, 'embed', lambda *_: (next(audio), texts + .1 * rng(1, 'text').normal(size=texts.shape)))
+    monkeypatch.setattr(evaluation, 'embed_split', lambda *_: (next(audio), texts + .1 * rng(1, 'text').normal(size=texts.shape)))
     code, out, _ = command(capsys, model, '--data', data, '--against', saved_model(tmp_path/'other', 1), '--json')
     verdicts = {(r['score'], r['direction']): r['verdict'] for r in json.loads(out)['comparison']}
     assert code == 0 and verdicts['R@1', 't2a'] == verdicts['mAP@10', 'a2t'] == 'higher' and verdicts['R@10', 't2a'] == 'cannot tell'

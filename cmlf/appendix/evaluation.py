@@ -20,18 +20,17 @@ from scipy import sparse
 
 from .cosines import Embeddings, pair_cosines
 from .hub import model_folder
-from ..core import CmlfError, Progress, cache_folder, device, one_of
+from ..core import CmlfError, Progress, cache_folder, one_of
 from ..data import SPLITS, clean_caption, read_relevance
 from ..encoders import DualEncoder
-from ..experiments import DUAL
-from ..features import build_store
+from ..experiments import DUAL, embed_split, split_scores
 from ..layouts import load_corpus
 from ..metrics import (DIRECTIONS, KS, Retrieval, holm, interval, paired_test, ratio_interval,
                           ratio_test, retrieval)
 from ..runs import Run
 from ..search import fingerprint
 from ..tables import verdict
-from ..training import PairedSplit, embed, tokens_of
+from ..training import tokens_of
 
 # %% ../../nbs/appendix/evaluation.ipynb #6c8e3ba0
 def _tfidf(captions):
@@ -290,10 +289,7 @@ def _embeddings(named:list, # `NamedModel`s
                ):
     "Yield the embeddings of the clips and captions by each model; all captions are checked first."
     tokens = [tokens_of(part, n.model.text) for n, part in zip(named, parts)]
-    for n, part, some in zip(named, parts, tokens):
-        store = build_store(n.stores, part.keys, part.waveform, n.model.front_end(n.model.hop),
-                            n.model.seconds)
-        yield embed(n.model.to(device()), PairedSplit.of(part, store, some))
+    for n, part, some in zip(named, parts, tokens): yield embed_split(n.model, part, n.stores, some)
 
 # %% ../../nbs/appendix/evaluation.ipynb #70a0c926
 def _intervals(found):
@@ -307,7 +303,7 @@ def _facts(scores, near, kinds, depths):
     hard = dict(asked=near.shape[1], pairs=int(h.misses.sum()), captions=int((h.misses > 0).sum()),
                 score=h.score(), interval=h.interval(), above_all=h.score('captions'),
                 above_all_interval=h.interval('captions'))
-    return f.asdict(ks=dict.fromkeys([50, *depths]), maps=dict.fromkeys([10, *depths])) | dict(
+    return split_scores(f, depths) | dict(
         intervals=_intervals(f), near_misses=hard, kinds=recall_by_kind(f, kinds))
 
 # %% ../../nbs/appendix/evaluation.ipynb #4505ae0c
