@@ -118,8 +118,10 @@ def build_index(root, # folder of sounds
                ) -> dict: # facts about the index
     "Index all sounds of a folder; only new and changed ones are encoded."
     root, out = Path(absolute(root)), Path(absolute(out))
+    faiss() # errors before the work
+    found, odd = sound_files(root, out)
+    if not found: raise CmlfError(_nothing(root, odd))
     name, mark, model = _load(model)
-    faiss(), sound_files(root, out) # errors before the work
     path = _captions_file(root, captions)
     texts, fresh = read_captions(path) if path else {}, not out.exists()
     out.mkdir(parents=True, exist_ok=True)
