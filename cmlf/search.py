@@ -187,9 +187,10 @@ class Hits(list):
     def __init__(self, hits, query:str=''): super().__init__(hits); self.query = query
 
     def table(self) -> pd.DataFrame:
-        "Rank, score, file, time and captions."
-        return pd.DataFrame([dict(rank=h.rank, score=round(h.score, 3), file=h.file, time=h.time,
-                                  caption=' / '.join(h.captions)) for h in self])
+        "Rank, score, file, time, and captions if there are any."
+        found = pd.DataFrame([dict(rank=h.rank, score=round(h.score, 3), file=h.file, time=h.time,
+                                   caption=' / '.join(h.captions)) for h in self])
+        return found if any(h.captions for h in self) else found.drop(columns='caption', errors='ignore')
 
     def html(self, players:int=10 # so many get a player
             ) -> str:

@@ -219,6 +219,12 @@ def test_each_model_has_its_own_length_and_both_the_same_clips(model, tmp_path, 
     frames = {np.load(f, mmap_mode='r').shape for f in (tmp_path/'cache'/'features').glob('*.npy')}
     assert frames == {(6, 101, 64), (5, 101, 64), (5, 201, 64)}
 
+def test_all_clips_of_a_table_without_splits(model, data, tmp_path, capsys):
+    table = pd.read_csv(data).drop(columns='split').assign(path=lambda f: [str(data.parent/p) for p in f.path])
+    table.to_csv(tmp_path/'own.csv', index=False)
+    pools = {split: json.loads(command(capsys, model, '--data', tmp_path/'own.csv', '--split', split, '--json')[1])['pool']['clips'] for split in ('train', 'all')}
+    assert pools['all'] == table.path.nunique() == 36 > pools['train']
+
 @pytest.mark.parametrize('arguments, words', [
     (['{tmp}'], ['no model here', 'cmlf train']), (['no model'], ['no such folder']), (['{data}'], ['a file']),
     (['{model}', '--against', '{tmp}/none'], ['none']), (['{model}', '--at', 0], ['k=0']), (['{model}', '--near-misses', 0], ['0 near misses']),

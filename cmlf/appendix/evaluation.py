@@ -271,6 +271,7 @@ class NamedModel:
 
 # %% ../../nbs/appendix/evaluation.ipynb #5a10063b
 def _split_of(corpus, data, split):
+    if split == 'all': return corpus
     if split in corpus.splits: return corpus.split(split)
     raise CmlfError(f'{data}: no {split} clips, but {", ".join(corpus.splits) or "none at all"}; '
                     f'give --split {corpus.splits[0] if corpus.splits else "NAME"}')
@@ -279,7 +280,7 @@ def _common(data, split, lengths):
     "The split as read for each length of clips in seconds, only with clips that all have."
     read = {s: _split_of(load_corpus(data, s), data, split) for s in dict.fromkeys(lengths)}
     ids = set.intersection(*({c.id for c in part.clips} for part in read.values()))
-    if not ids: raise CmlfError(f'{data}: no {split} clip is usable for both models')
+    if not ids: raise CmlfError(f'{data}: no clip ({split}) is usable for both models')
     return [part if len(part) == len(ids) else part.only(ids)
             for part in (read[s] for s in lengths)]
 
@@ -318,14 +319,14 @@ def _against(first, second, scores):
 
 def evaluate_model(name, # folder of a saved model or of a run; 'demo'; or repository of the hub
                    data, # corpus on disk
-                   split:str='test', # 'train', 'val' or 'test'
+                   split:str='test', # 'train', 'val', 'test', or 'all' clips
                    relevance='', # file of all relevant clips per caption, for `read_relevance`
                    depths=(), # more values of k for R@k and mAP@k
                    against='', # a second model, to compare with
                    near:int=5, # near misses of each caption
                   ) -> Evaluation:
     "Scores of a model on a split of a corpus; with `against`, paired tests of two models."
-    one_of(split, SPLITS, 'split')
+    one_of(split, (*SPLITS, 'all'), 'split')
     if bad := [k for k in depths if k < 1]: raise CmlfError(f'k={bad[0]}: should be 1 or more')
     if near < 1: raise CmlfError(f'{near} near misses: should be at least 1')
     named = [NamedModel.open(n) for n in (name, against) if n]
