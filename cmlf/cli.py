@@ -214,11 +214,12 @@ def _train_command(data:str = _DATA,
 # %% ../nbs/18_cli.ipynb #aa9fc41b
 @app.command('evaluate')
 def _evaluate_command(model:str = typer.Argument(..., help='a saved model, a finished run, a model of '
-                                                          "the hub, or 'demo'"),
+                                                          "the hub, 'demo' or 'recordings'"),
                      data:str = _DATA,
                      against:str = typer.Option('', help='another model, to compare with on the '
                                                          'same clips'),
-                     split:str = typer.Option('test', help='train, val or test'),
+                     split:str = typer.Option('test', help='train, val, test, or all '
+                                                           'clips'),
                      relevance:str = typer.Option('', help='csv (caption, file_name) or JSON of '
                                                            'all relevant clips per caption'),
                      at:list[int] = typer.Option([], '--at', help='another K for R@K and mAP@K; '
@@ -236,7 +237,7 @@ def _evaluate_command(model:str = typer.Argument(..., help='a saved model, a fin
 @app.command('index')
 def _index_command(folder:str = typer.Argument(..., help='folder of sounds, with all folders below'),
                    model:str = typer.Option(..., help='a saved model, a finished run, a model of the '
-                                                      "hub, or 'demo'"),
+                                                      "hub, 'demo' or 'recordings'"),
                    out:str = typer.Option(..., help='folder of the index; an index that is there is '
                                                     'updated'),
                    captions:str = typer.Option('', help='table with path (or file_name) and caption '
@@ -248,18 +249,22 @@ def _index_command(folder:str = typer.Argument(..., help='folder of sounds, with
     skipped = facts.pop('skipped')
     if as_json: return print_facts(facts | dict(skipped=skipped, out=out), True)
     for file, why in skipped.items(): log(f'skipped {file}: {why}')
+    kind, found = facts.pop('kind'), facts.pop('recall')
+    facts['search'] = ('exact' if kind == 'exact' else
+                       f'approximate, finds {100 * found:.1f} % of what an exact search finds')
     print_facts(facts | dict(skipped=len(skipped), out=out), False)
 
 def _print_hits(hits, as_json):
     rows = [dict(rank=h.rank, score=h.score, file=h.file, path=str(h.path), start=h.start,
                  stop=h.stop, seconds=h.seconds, captions=h.captions) for h in hits]
     if as_json: return rows
-    print(hits.table().to_markdown(index=False, floatfmt='.3f', disable_numparse=True))
+    table = hits.table().assign(score=[f'{h.score:.3f}' for h in hits])
+    print(table.to_markdown(index=False, disable_numparse=True))
 
 # %% ../nbs/18_cli.ipynb #6cad9911
 @app.command('search')
 def _search_command(index:str = typer.Argument(..., help='folder of an index'),
-                    query:str = typer.Argument('', help='a sentence'),
+                    query:list[str] = typer.Argument(None, help='a sentence'),
                     k:int = typer.Option(10, '-k', help='number of results'),
                     audio:str = typer.Option('', help='a sound file: find similar sounds, and '
                                                       'sentences that describe it'),
@@ -267,7 +272,8 @@ def _search_command(index:str = typer.Argument(..., help='folder of an index'),
                     as_json:bool = _JSON):
     "Search an index with a sentence or a sound."
     from cmlf.search import SoundIndex
-    if bool(query.strip()) == bool(audio):
+    query = ' '.join(query or []).strip() # also without quotes
+    if bool(query) == bool(audio):
         raise CmlfError('give a sentence, such as "a dog barks in the rain", or --audio FILE')
     found = SoundIndex.open(index, model)
     hits = found.similar(audio, k) if audio else found.find(query, k)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DUAL', 'METRICS', 'MORE', 'EXPERT_TOKENS', 'Experiment', 'scores', 'more_scores', 'stages_of', 'train_on',
-           'evaluate_on', 'measure_ce', 'operations', 'matrix_rate', 'measure', 'estimate']
+           'embed_split', 'split_scores', 'evaluate_on', 'measure_ce', 'operations', 'matrix_rate', 'measure',
+           'estimate']
 
 # %% ../nbs/14_experiments.ipynb #c4b12658
 import contextlib, os, time
@@ -25,7 +26,7 @@ from .appendix.experts import (encoder_words, extract, load_expert, load_words,
                                    own_experts)
 from .appendix.resume import only_one
 from .baselines import CE, CESettings, ranger, train_ce
-from .config import COMPOSED, PATH_SETTINGS, VECTORS, Profile, clap_name, expert_files
+from .config import COMPOSED, VECTORS, Profile, clap_name, expert_files
 from .core import (CmlfError, absolute, atomic_path, autocast, content_hash, device, log, one_of,
                        path_hash, precision, read_json, read_npy, rng, seed_everything)
 from .data import SPLITS, read_relevance
@@ -450,6 +451,24 @@ def _with_two_batches(p, n): # the profile, with a batch size that gives two bat
     return smaller
 
 # %% ../nbs/14_experiments.ipynb #0d8ab96f
+def embed_split(model, # a `DualEncoder` with `seconds` and `hop`
+                part, # split of a corpus
+                features, # folder of log-mels, which are computed once
+                tokens=None, # of the captions, as `tokens_of` gives them; None: made here
+               ) -> tuple: # (C, d) of the clips, (T, d) of the captions
+    "Embeddings of a split by a finished model."
+    tokens = tokens or tokens_of(part, model.text)
+    store = build_store(features, part.keys, part.waveform, model.front_end(model.hop),
+                        model.seconds)
+    return embed(model.to(device()), PairedSplit.of(part, store, tokens))
+
+def split_scores(found, # `Retrieval`
+                 depths=(), # more values of k for R@k and mAP@k
+                ) -> dict:
+    "R@1, 5, 10, 50, mAP@10 and median ranks, as plain numbers."
+    return found.asdict(ks=dict.fromkeys([50, *depths]), maps=dict.fromkeys([10, *depths]))
+
+# %% ../nbs/14_experiments.ipynb #d5720c47
 def evaluate_on(run:Run, # finished, of a dual encoder
                 data, # corpus on disk
                 split:str='test',
@@ -460,21 +479,18 @@ def evaluate_on(run:Run, # finished, of a dual encoder
     if run.metadata['spec']['system'] not in DUAL:
         raise CmlfError(f'{run.folder}: a run of {run.metadata["spec"]["system"]!r}; '
                         'only dual encoders can be evaluated on new sounds')
-    model = DualEncoder.load(run.folder).to(device())
-    exp = Experiment(_evaluation_profile(run), run.folder/'work', data=data)
-    part = exp.corpus.split(one_of(split, SPLITS, 'split'))
+    model, audio = DualEncoder.load(run.folder), _stored_profile(run).audio
+    model.seconds, model.hop = audio.seconds, audio.hop
+    part = load_corpus(absolute(data), audio.seconds).split(one_of(split, SPLITS, 'split'))
     relevant = read_relevance(relevance, part) if relevance else None
-    pairs = exp.pairs(split, model)
-    found = retrieval(*embed(model, pairs), pairs.owner, relevant=relevant)
-    facts = found.asdict(ks=dict.fromkeys([50, *depths]), maps=dict.fromkeys([10, *depths]))
-    return dict(run=run.metadata['key'], data=str(data), split=split, **facts, coverage=part.pool)
+    found = retrieval(*embed_split(model, part, run.folder/'work'/'features'), part.owner,
+                      relevant=relevant)
+    return dict(run=run.metadata['key'], data=str(data), split=split,
+                **split_scores(found, depths), coverage=part.pool)
 
-def _evaluation_profile(run):
-    "The stored settings, without the files that training started from: they may be deleted."
-    try: stored = Profile().replace(**run.metadata['profile'])
+def _stored_profile(run):
+    try: return Profile().replace(**run.metadata['profile'])
     except CmlfError as e: raise CmlfError(f'{run.folder/"run.json"}: {e}') from None
-    none = dict.fromkeys(PATH_SETTINGS, '') | dict(encoder='resnet38', vectors_from='baseline')
-    return stored.replace(source='manifest', **none)
 
 # %% ../nbs/14_experiments.ipynb #221b6267
 def _seconds(f, repeat=4):

@@ -118,8 +118,10 @@ def build_index(root, # folder of sounds
                ) -> dict: # facts about the index
     "Index all sounds of a folder; only new and changed ones are encoded."
     root, out = Path(absolute(root)), Path(absolute(out))
+    faiss() # errors before the work
+    found, odd = sound_files(root, out)
+    if not found: raise CmlfError(_nothing(root, odd))
     name, mark, model = _load(model)
-    faiss(), sound_files(root, out) # errors before the work
     path = _captions_file(root, captions)
     texts, fresh = read_captions(path) if path else {}, not out.exists()
     out.mkdir(parents=True, exist_ok=True)
@@ -185,9 +187,10 @@ class Hits(list):
     def __init__(self, hits, query:str=''): super().__init__(hits); self.query = query
 
     def table(self) -> pd.DataFrame:
-        "Rank, score, file, time and captions."
-        return pd.DataFrame([dict(rank=h.rank, score=round(h.score, 3), file=h.file, time=h.time,
-                                  caption=' / '.join(h.captions)) for h in self])
+        "Rank, score, file, time, and captions if there are any."
+        found = pd.DataFrame([dict(rank=h.rank, score=round(h.score, 3), file=h.file, time=h.time,
+                                   caption=' / '.join(h.captions)) for h in self])
+        return found if any(h.captions for h in self) else found.drop(columns='caption', errors='ignore')
 
     def html(self, players:int=10 # so many get a player
             ) -> str:

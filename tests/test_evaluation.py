@@ -193,7 +193,7 @@ def test_a_good_model_is_told_apart_from_a_shuffled_one_by_the_command(model, da
     r = rng(0, 'audio').normal(size=(12, 8))
     texts, shuffled = np.repeat(r, 5, axis=0), np.roll(r, 3, axis=0)
     audio = iter([r, shuffled])
-    monkeypatch.setattr(evaluation, 'embed', lambda *_: (next(audio), texts + .1 * rng(1, 'text').normal(size=texts.shape)))
+    monkeypatch.setattr(evaluation, 'embed_split', lambda *_: (next(audio), texts + .1 * rng(1, 'text').normal(size=texts.shape)))
     code, out, _ = command(capsys, model, '--data', data, '--against', saved_model(tmp_path/'other', 1), '--json')
     verdicts = {(r['score'], r['direction']): r['verdict'] for r in json.loads(out)['comparison']}
     assert code == 0 and verdicts['R@1', 't2a'] == verdicts['mAP@10', 'a2t'] == 'higher' and verdicts['R@10', 't2a'] == 'cannot tell'
@@ -218,6 +218,12 @@ def test_each_model_has_its_own_length_and_both_the_same_clips(model, tmp_path, 
     assert both['pool'] == both['against']['pool'] == dict(clips=5, captions=5) and both['kinds']['several']['captions'] == 1
     frames = {np.load(f, mmap_mode='r').shape for f in (tmp_path/'cache'/'features').glob('*.npy')}
     assert frames == {(6, 101, 64), (5, 101, 64), (5, 201, 64)}
+
+def test_all_clips_of_a_table_without_splits(model, data, tmp_path, capsys):
+    table = pd.read_csv(data).drop(columns='split').assign(path=lambda f: [str(data.parent/p) for p in f.path])
+    table.to_csv(tmp_path/'own.csv', index=False)
+    pools = {split: json.loads(command(capsys, model, '--data', tmp_path/'own.csv', '--split', split, '--json')[1])['pool']['clips'] for split in ('train', 'all')}
+    assert pools['all'] == table.path.nunique() == 36 > pools['train']
 
 @pytest.mark.parametrize('arguments, words', [
     (['{tmp}'], ['no model here', 'cmlf train']), (['no model'], ['no such folder']), (['{data}'], ['a file']),

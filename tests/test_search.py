@@ -13,7 +13,7 @@ from cmlf.cli import run_command
 from cmlf.core import CmlfError, rng, seed_everything
 from cmlf.encoders import DualEncoder, ResNet38, TextEncoder
 from cmlf.features import SAMPLE_RATE
-from cmlf.search import SoundIndex, build_index
+from cmlf.search import Hits, SoundIndex, build_index
 from command import cmlf
 
 pytest.importorskip('faiss', reason='searching needs the extra search')
@@ -176,6 +176,10 @@ def test_commands(model, sounds, tmp_path, capsys):
     assert [h['rank'] for h in found['hits']] == [1, 2]
     table = cmlf('search', out, '--audio', sounds/'b.flac').stdout
     assert 'b.flac' in table and table.startswith('| rank')
+    assert 'caption' not in table, 'the index has no captions'
+    assert 'search: exact' in cmlf('index', sounds, '--model', model, '--out', out).stdout
+    assert cmlf('search', out, 'a', 'dog', 'barks').stdout == cmlf('search', out, 'a dog barks').stdout != ''
+    assert Hits([]).table().empty
     for wrong in (['search', out, ' '], ['search', tmp_path/'no', 'rain'], ['search', out, 'rain', '-k', 0],
                   ['index', tmp_path/'no', '--model', model, '--out', out], ['search', out, '--audio', sounds/'bad.wav']):
         assert run_command([str(w) for w in wrong]) == 2

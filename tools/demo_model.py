@@ -1,24 +1,25 @@
-"""Train and store the small models that come with the library.
+"""Train and store the small models that come with the library, and measure them on recordings.
 
-    python tools/demo_model.py                          # cmlf/models/demo
-    python tools/demo_model.py --events FOLDER          # cmlf/models/recordings, from scenes of ESC-10 recordings
+    python tools/demo_model.py                          # train cmlf/models/demo
+    python tools/demo_model.py --events FOLDER          # train cmlf/models/recordings, from scenes of ESC-10 recordings
+    python tools/demo_model.py measure --esc FOLDER     # both on single recordings of ESC-10 (about two minutes)
 
 Both have a frozen MiniLM, an audio encoder of width 8, and use the schedule that mines batches in its last third with fixed
 BatchNorm (`one schedule, groups of 8, BatchNorm fixed` in nbs/appendix/comparisons.ipynb). Runs are stored in runs/demo_model,
-so that an interrupted command resumes. With --esc FOLDER, recall on single recordings of ESC-10 is measured and written to the card.
+so that an interrupted command resumes. `measure` writes esc10.csv and a line of the card of each model; it also follows
+training if --esc or CMLF_ESC_DIR is given. nbs/appendix/demo_models.ipynb shows what was measured.
 """
-import argparse, os, re, shutil, tempfile
+import argparse, datetime, os, re, shutil, sys, tempfile
 from pathlib import Path
-
-import numpy as np
 
 from cmlf.appendix.card import model_card
 from cmlf.appendix.comparisons import WAYS, Point
-from cmlf.appendix.hub import PACKAGED
+from cmlf.appendix.demo_models import class_table, read_measured, score_folder, write_measured
+from cmlf.appendix.hub import PACKAGED, packaged
 from cmlf.appendix.recordings import read_credits
 from cmlf.appendix.small import shrink
 from cmlf.config import get_profile
-from cmlf.core import log, write_text
+from cmlf.core import CmlfError, log, write_text
 from cmlf.encoders import DualEncoder
 from cmlf.experiments import Experiment
 
@@ -34,15 +35,29 @@ def trained(events, epochs, scenes):
     exp.train_all([spec])
     return exp.run(spec)
 
-def on_recordings(model, folder, folds):
-    "Share of single recordings whose kind is the nearest of ten sentences, and R-precision of each sentence, by kind."
-    names = dict(zip((f'{i:03d}' for i in range(1, 11)), SENTENCES)) # the classes have numbers, in this order
-    found = [(p, names[p.parent.name[:3]]) for p in sorted(Path(folder).glob('[0-9]* - */*.ogg')) if int(p.name[0]) in folds]
-    kinds = np.array([k for _, k in found])
-    S = model.encode_text(list(SENTENCES.values())) @ model.encode_audio([p for p, _ in found]).T
-    right = np.array(list(SENTENCES))[S.argmax(0)] == kinds
-    precision = {k: float(np.mean(kinds[np.argsort(-s)[:(kinds == k).sum()]] == k)) for k, s in zip(SENTENCES, S)}
-    return len(found), float(right.mean()), precision
+def class_folders(folder):
+    "Name of each class folder of ESC-10 -> its sentence; the classes have numbers, in the order of the sentences."
+    found = sorted(p.name for p in Path(folder).glob('[0-9]* - *') if p.is_dir())
+    if len(found) == len(SENTENCES): return dict(zip(found, SENTENCES.values()))
+    raise CmlfError(f'{folder or "--esc"}: {len(found)} class folders such as "001 - Dog bark"; give a folder of ESC-10, which has {len(SENTENCES)}')
+
+def measure(name, folder):
+    "Cosines of all recordings and sentences, stored beside the weights, and a line about them in the card."
+    about = f'python tools/demo_model.py measure --esc ESC-10, {datetime.date.today()}'
+    path = write_measured(score_folder(PACKAGED/name, folder, class_folders(folder)), name, about)
+    card = PACKAGED/name/'README.md'
+    text = re.sub(r'On \d+ single recordings of ESC-10.*?\n\n', '', card.read_text(encoding='utf-8'))
+    write_text(card, text.replace('## Licence', f'{card_line(name)}\n\n## Licence'))
+    log(f'{path}: {card_line(name)}')
+
+def card_line(name):
+    "The share of recordings whose sentence is the nearest: all of them, or those of fold 5."
+    scores, _ = read_measured(name)
+    if name == 'recordings': scores = scores[scores.file.str.contains('/5-')]
+    row = class_table(scores).iloc[-1]
+    which = '(fold 5, which it was not trained on)' if name == 'recordings' else '(it has heard synthesised sounds only)'
+    return (f'On {row.sounds} single recordings of ESC-10 {which}, the right one of ten sentences such as “A dog barks.” is the '
+            f'nearest for {row.right:.0f} % (95 % interval {row.low:.0f} to {row.high:.0f}; chance: 10 %).')
 
 _LICENCE = """The recordings of ESC-10 that it was trained on are CC0 or CC BY, two of them CC Sampling+ (which excludes advertisements).
 All of these allow new works made from them if the authors are named: `CREDITS.md` names them. No recording can be heard in the weights.
@@ -57,29 +72,30 @@ def add_credits(folder, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', nargs='?', default='train', choices=['train', 'measure'])
     parser.add_argument('--events', default='', help='folder of recordings in the layout of ESC-10: train on scenes of them')
     parser.add_argument('--esc', default=os.environ.get('CMLF_ESC_DIR', ''), help='folder of ESC-10, to measure recall on recordings')
     parser.add_argument('--epochs', type=int, default=12)
     parser.add_argument('--scenes', type=int, default=3000)
     parser.add_argument('--run', default='', help='package this finished run')
     args = parser.parse_args()
+    if args.what == 'measure':
+        for name in packaged(): measure(name, args.esc)
+        return
     from cmlf.runs import Run
     run = Run(args.run) if args.run else trained(args.events, args.epochs, args.scenes)
     model, out = DualEncoder.from_pretrained(run.folder), PACKAGED/('recordings' if args.events else 'demo')
     model.card = model_card(run, f'The model {out.name!r} of cmlf', out.name)
-    if args.esc:
-        n, accuracy, precision = on_recordings(model, args.esc, (5,) if args.events else (1, 2, 3, 4, 5))
-        kinds = ', '.join(f'{k.replace("_", " ")} {100 * p:.0f}' for k, p in sorted(precision.items(), key=lambda x: -x[1]))
-        model.card = model.card.replace('## Licence', f'On {n} single recordings of ESC-10 ({"fold 5, which it was not trained on" if args.events else "real sounds; it has only heard synthesised ones"}), '
-                                        f'the right one of ten sentences such as “A dog barks.” is the nearest for {100 * accuracy:.0f} % '
-                                        f'(chance: 10 %). Share of right kinds among the first hits of each sentence, percent: {kinds}.\n\n## Licence')
     if args.events: model.card = re.sub(r'(?<=## Licence\n\n).*?(?=\n\n## Limits)', _LICENCE, model.card, flags=re.S)
     with tempfile.TemporaryDirectory() as tmp:
         model.save_pretrained(Path(tmp)/'whole')
         shutil.rmtree(out, ignore_errors=True)
         shrink(Path(tmp)/'whole', out)
     if args.events: add_credits(args.events, out)
+    if args.esc: measure(out.name, args.esc)
     size = sum(f.stat().st_size for f in out.rglob('*') if f.is_file())
     log(f'{out}: {size / 1e6:.1f} MB, {run.retrieval()}')
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    try: main()
+    except CmlfError as e: sys.exit(f'demo_model: {e}')

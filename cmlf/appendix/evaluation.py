@@ -20,18 +20,17 @@ from scipy import sparse
 
 from .cosines import Embeddings, pair_cosines
 from .hub import model_folder
-from ..core import CmlfError, Progress, cache_folder, device, one_of
+from ..core import CmlfError, Progress, cache_folder, one_of
 from ..data import SPLITS, clean_caption, read_relevance
 from ..encoders import DualEncoder
-from ..experiments import DUAL
-from ..features import build_store
+from ..experiments import DUAL, embed_split, split_scores
 from ..layouts import load_corpus
 from ..metrics import (DIRECTIONS, KS, Retrieval, holm, interval, paired_test, ratio_interval,
                           ratio_test, retrieval)
 from ..runs import Run
 from ..search import fingerprint
 from ..tables import verdict
-from ..training import PairedSplit, embed, tokens_of
+from ..training import tokens_of
 
 # %% ../../nbs/appendix/evaluation.ipynb #6c8e3ba0
 def _tfidf(captions):
@@ -272,6 +271,7 @@ class NamedModel:
 
 # %% ../../nbs/appendix/evaluation.ipynb #5a10063b
 def _split_of(corpus, data, split):
+    if split == 'all': return corpus
     if split in corpus.splits: return corpus.split(split)
     raise CmlfError(f'{data}: no {split} clips, but {", ".join(corpus.splits) or "none at all"}; '
                     f'give --split {corpus.splits[0] if corpus.splits else "NAME"}')
@@ -280,7 +280,7 @@ def _common(data, split, lengths):
     "The split as read for each length of clips in seconds, only with clips that all have."
     read = {s: _split_of(load_corpus(data, s), data, split) for s in dict.fromkeys(lengths)}
     ids = set.intersection(*({c.id for c in part.clips} for part in read.values()))
-    if not ids: raise CmlfError(f'{data}: no {split} clip is usable for both models')
+    if not ids: raise CmlfError(f'{data}: no clip ({split}) is usable for both models')
     return [part if len(part) == len(ids) else part.only(ids)
             for part in (read[s] for s in lengths)]
 
@@ -290,10 +290,7 @@ def _embeddings(named:list, # `NamedModel`s
                ):
     "Yield the embeddings of the clips and captions by each model; all captions are checked first."
     tokens = [tokens_of(part, n.model.text) for n, part in zip(named, parts)]
-    for n, part, some in zip(named, parts, tokens):
-        store = build_store(n.stores, part.keys, part.waveform, n.model.front_end(n.model.hop),
-                            n.model.seconds)
-        yield embed(n.model.to(device()), PairedSplit.of(part, store, some))
+    for n, part, some in zip(named, parts, tokens): yield embed_split(n.model, part, n.stores, some)
 
 # %% ../../nbs/appendix/evaluation.ipynb #70a0c926
 def _intervals(found):
@@ -307,7 +304,7 @@ def _facts(scores, near, kinds, depths):
     hard = dict(asked=near.shape[1], pairs=int(h.misses.sum()), captions=int((h.misses > 0).sum()),
                 score=h.score(), interval=h.interval(), above_all=h.score('captions'),
                 above_all_interval=h.interval('captions'))
-    return f.asdict(ks=dict.fromkeys([50, *depths]), maps=dict.fromkeys([10, *depths])) | dict(
+    return split_scores(f, depths) | dict(
         intervals=_intervals(f), near_misses=hard, kinds=recall_by_kind(f, kinds))
 
 # %% ../../nbs/appendix/evaluation.ipynb #4505ae0c
@@ -322,14 +319,14 @@ def _against(first, second, scores):
 
 def evaluate_model(name, # folder of a saved model or of a run; 'demo'; or repository of the hub
                    data, # corpus on disk
-                   split:str='test', # 'train', 'val' or 'test'
+                   split:str='test', # 'train', 'val', 'test', or 'all' clips
                    relevance='', # file of all relevant clips per caption, for `read_relevance`
                    depths=(), # more values of k for R@k and mAP@k
                    against='', # a second model, to compare with
                    near:int=5, # near misses of each caption
                   ) -> Evaluation:
     "Scores of a model on a split of a corpus; with `against`, paired tests of two models."
-    one_of(split, SPLITS, 'split')
+    one_of(split, (*SPLITS, 'all'), 'split')
     if bad := [k for k in depths if k < 1]: raise CmlfError(f'k={bad[0]}: should be 1 or more')
     if near < 1: raise CmlfError(f'{near} near misses: should be at least 1')
     named = [NamedModel.open(n) for n in (name, against) if n]

@@ -96,15 +96,13 @@ def curve_figure(runs:dict): # name -> `Run`
 
 # %% ../../nbs/appendix/figures.ipynb #0e3a018b
 def write_spectrogram(wave, # (samples,) at 32 kHz
-                      to): # path, or open binary file; PNG
-    "A small log-mel spectrogram."
-    import matplotlib.pyplot as plt
-    mel = LogMel(hop=640)(torch.as_tensor(wave)[None])[0].T.numpy()
-    fig, ax = plt.subplots(figsize=(2.6, 1.2))
-    ax.imshow(mel, origin='lower', aspect='auto', cmap='magma', vmin=float(mel.max()) - 70)
-    ax.axis('off')
-    fig.savefig(to, dpi=80, bbox_inches='tight', pad_inches=0, format='png')
-    plt.close(fig)
+                      to): # path, or open binary file; PNG, 64 pixels high
+    "A small log-mel spectrogram; what is 70 dB below the loudest point is black."
+    from matplotlib.image import imsave # pyplot is not made for several threads
+    hop = max(640, len(wave) // 600) # samples per pixel
+    with torch.inference_mode(): mel = LogMel(hop=hop)(torch.as_tensor(wave)[None])[0].T.numpy()
+    top = max(float(mel.max()), -60.) # silence is black
+    imsave(to, mel, vmin=top - 70, vmax=top, cmap='magma', origin='lower', format='png')
 
 def write_mp3(wave, # (samples,) at 32 kHz
               to): # path, or open binary file
