@@ -269,7 +269,7 @@ class DualEncoder(Encodes, Travels, nn.Module):
         return cls(audio, text, heads=clap_heads(audio.model.config, text.model.config))
 
     @classmethod
-    def from_clap(cls, clap:transformers.ClapModel,
+    def from_clap(cls, clap:'transformers.ClapModel',
                   tokenizer, extractor, # that belong to it, of transformers
                   **settings, # of `TextEncoder.of`
                  ) -> 'DualEncoder':

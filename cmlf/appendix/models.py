@@ -7,7 +7,7 @@ __all__ = ['CLAP_FILES', 'AudioSide', 'TextSide', 'TwoSides', 'ClapFrontEnd', 'n
            'new_clap_audio', 'clap_text', 'clap_heads', 'load_clap', 'save_clap_audio', 'load_clap_audio']
 
 # %% ../../nbs/appendix/models.ipynb #f390c0f7
-import math
+import importlib, math
 from typing import Protocol, runtime_checkable
 
 import librosa
@@ -22,7 +22,6 @@ from ..core import CmlfError, one_of
 from ..features import SAMPLE_RATE
 
 import transformers
-from transformers.models.clap.modeling_clap import ClapProjectionLayer
 
 # %% ../../nbs/appendix/models.ipynb #99359037
 @runtime_checkable
@@ -62,7 +61,7 @@ _SETTINGS = ('feature_size sampling_rate hop_length max_length_s fft_window_size
 
 class ClapFrontEnd(nn.Module):
     "Waveforms (B, samples at 32 kHz) -> CLAP's log-mels (B, frames, mels) in dB, float32."
-    def __init__(self, extractor:transformers.ClapFeatureExtractor):
+    def __init__(self, extractor:'transformers.ClapFeatureExtractor'):
         super().__init__()
         self.extractor, self.sample_rate = extractor, SAMPLE_RATE
         self.n_mels, self.longest = extractor.feature_size, extractor.nb_max_samples # at its rate
@@ -86,7 +85,7 @@ class ClapFrontEnd(nn.Module):
 # %% ../../nbs/appendix/models.ipynb #7c492a4a
 def new_extractor(seconds:float, # length of clips
                   hop:int=320, # samples at 32 kHz between two frames
-                 ) -> transformers.ClapFeatureExtractor:
+                 ) -> 'transformers.ClapFeatureExtractor':
     "The front end of a new CLAP: that of the published ones, for clips of this length."
     return transformers.ClapFeatureExtractor(
         hop_length=round(hop * 48 / 32), max_length_s=math.ceil(seconds), frequency_min=50,
@@ -97,7 +96,7 @@ def new_audio_config(width:int, # 4 channels of the first stage for each; at mos
                      frames:int, # of a clip
                      projection_dim:int, # d of the joint space
                      dropout:float=0.1, # of hidden states
-                    ) -> transformers.ClapAudioConfig:
+                    ) -> 'transformers.ClapAudioConfig':
     "The config of an audio encoder for clips of this length; for 10 s and 24 or more, CLAP's own."
     size = next(s for s in (64 * 2**i for i in range(20)) if s * s // 64 >= frames)
     depths = (2, 2, 6, 2) if size >= 256 else (2, 2, 2)
@@ -111,8 +110,8 @@ def new_audio_config(width:int, # 4 channels of the first stage for each; at mos
 # %% ../../nbs/appendix/models.ipynb #d6afcd5d
 class ClapAudio(nn.Module):
     "CLAP's audio encoder: its log-mels (B, frames, mels) dB -> (B, `n_out`), float32."
-    def __init__(self, model:transformers.ClapAudioModel,
-                 extractor:transformers.ClapFeatureExtractor):
+    def __init__(self, model:'transformers.ClapAudioModel',
+                 extractor:'transformers.ClapFeatureExtractor'):
         super().__init__()
         self.model, self.extractor, config = model, extractor, model.config
         self.n_out, self.mels = config.hidden_size, config.num_mel_bins
@@ -162,7 +161,7 @@ def _first(config): return 0 if config.model_type == 'bert' else config.pad_toke
 
 def clap_text(bert, # a BERT-type model of transformers
               projection_dim:int=512, # d of the joint space
-             ) -> transformers.ClapTextModel:
+             ) -> 'transformers.ClapTextModel':
     "CLAP's text encoder with the weights of `bert`, and a new pooler."
     old, pad = bert.config, bert.config.pad_token_id or 0
     positions = old.max_position_embeddings - _first(old)
@@ -185,13 +184,15 @@ def clap_text(bert, # a BERT-type model of transformers
 _CONSTANT = 'embeddings.position_ids', 'embeddings.token_type_ids'
 
 # %% ../../nbs/appendix/models.ipynb #646783cc
-def clap_heads(audio:transformers.ClapAudioConfig,
-               text:transformers.ClapTextConfig) -> tuple: # (audio head, text head)
+def clap_heads(audio:'transformers.ClapAudioConfig',
+               text:'transformers.ClapTextConfig') -> tuple: # (audio head, text head)
     "CLAP's heads with new weights: (B, hidden_size) -> (B, projection_dim)."
     if audio.projection_dim != text.projection_dim:
         raise CmlfError(f'projection_dim of CLAP is {audio.projection_dim} for audio and '
                         f'{text.projection_dim} for text: should be the same')
-    return ClapProjectionLayer(audio), ClapProjectionLayer(text)
+    # importing it takes seconds, and only CLAP needs it
+    Head = importlib.import_module('transformers.models.clap.modeling_clap').ClapProjectionLayer
+    return Head(audio), Head(text)
 
 # %% ../../nbs/appendix/models.ipynb #4c3e83c5
 def _load_clap(name, dropout, trust_remote_code=False, **where):
