@@ -13,7 +13,7 @@ from command import cmlf
 from killing import context, differences, left, run_killed, run_whole, start
 from test_runs import SMALL, some_rows, tones
 
-KILLS = int(os.environ.get('CMLF_KILLS', 6))  # of each kind of work
+KILLS = int(os.environ.get('CMLF_KILLS', 4))  # of each kind of work
 
 # --- killed at random moments
 

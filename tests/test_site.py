@@ -1,5 +1,5 @@
 "The site: it builds without warnings, all links work, it loads no external files, and its search box works."
-import contextlib, functools, http.server, importlib.util, re, resource, subprocess, sys, threading
+import contextlib, functools, http.server, importlib.util, os, re, subprocess, sys, threading
 
 import pytest
 
@@ -33,17 +33,15 @@ def test_a_broken_link_is_named(tmp_path, page, fault):
 
 # --- the site ---
 
-def cpu_seconds(): used = resource.getrusage(resource.RUSAGE_CHILDREN); return used.ru_utime + used.ru_stime
-
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
     for package in ('mkdocs', 'material', 'mkdocs_jupyter', 'mkdocstrings', 'latex2mathml'):
         if not importlib.util.find_spec(package): pytest.skip(f'{package} is not installed; make .venv/site')
-    folder, start = tmp_path_factory.mktemp('site'), cpu_seconds()
+    if os.environ.get('CMLF_SITE'): return ROOT/os.environ['CMLF_SITE'] # it has just been built
+    folder = tmp_path_factory.mktemp('site')
     done = subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--strict', '--quiet', '--site-dir', folder], cwd=ROOT,
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert cpu_seconds() - start < 120  # measured: 20
     return folder
 
 def test_links(site): assert links.faults(site) == []
