@@ -202,14 +202,17 @@ def versions() -> dict:
             found[name] = metadata.version(name)
     return found
 
-def commit() -> str:
-    "The code's git commit, and '+' if files differ from it; '' outside a checkout."
-    git = lambda *a: subprocess.run(['git', *a], cwd=Path(__file__).parent
-                                    if '__file__' in globals() else '.', capture_output=True,
-                                    text=True, timeout=10).stdout.strip()
+def commit(root=None, # folder of a checkout; None: that of this code
+           but:str='', # name of a file at its top that may differ
+          ) -> str:
+    "The git commit of a checkout, and '+' if files differ from it; '' outside of git."
+    here = root or (Path(__file__).parent if '__file__' in globals() else '.')
+    git = lambda *a: subprocess.run(['git', *a], cwd=here, capture_output=True, text=True,
+                                    timeout=10).stdout.strip()
+    files = ['--', ':/', f':(top,exclude){but}'] if but else []
     try:
         return git('rev-parse', '--short', 'HEAD') + (
-            '+' if git('status', '--porcelain', '-uno') else '')
+            '+' if git('status', '--porcelain', '-uno', *files) else '')
     except (OSError, subprocess.SubprocessError): return ''
 
 def committed(path) -> str|None:

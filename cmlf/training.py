@@ -212,6 +212,7 @@ class Trainer:
         self.stages, self.seed, self.vectors, self.log = stages, seed, vectors, only_first(log)
         self.dev, self.stage, self.epoch = device(), first, 0
         self.position, self.losses = 0, [] # batches of this epoch that are done
+        self.states = [] # of the random numbers there, if the epoch is resumed
         self.model, self.profile = model, profile
         self.train, self.val, self.test = (
             pairs and replace(pairs, store=for_device(pairs.store, self.dev))
@@ -328,12 +329,10 @@ def seed_steps(self:Trainer, *position): # in the epoch, if it is not the first
     seed_everything(int(rng(self.seed, 'epoch', self.stage, self.epoch, *stream).integers(2**31)))
 
 @patch
-def one_epoch(self:Trainer,
-              states=None, # of the random numbers at `position`, if the epoch had begun
-             ) -> float:
+def one_epoch(self:Trainer) -> float:
     "Train on every batch once; returns the mean loss."
     batches, captions = self.start_epoch()
-    if states: self.continue_from(states)
+    if self.position: self.continue_from()
     rest = zip(batches[self.position:], captions[self.position:])
     for batch in ahead(self.fetch, rest, 2 * (self.dev.type == 'cuda')):
         self.losses.append(self.step(batch, self.epoch + self.position / len(batches)))
@@ -466,20 +465,17 @@ def fit(self:Trainer) -> list:
         self.start_stage()
         if resumed: self.optimiser.load_state_dict(resumed['optimiser'])
         else: self.epoch_zero(time.monotonic() - start)
-        states = resumed['random'] if self.position else None
-        while self.epoch < self.stages[self.stage].epochs:
-            self.train_epoch(states)
-            states = None
+        while self.epoch < self.stages[self.stage].epochs: self.train_epoch()
         self.end_stage()
         resumed = None
     return self.history
 
 # %% ../nbs/11_training.ipynb #e467f0a4
 @patch
-def train_epoch(self:Trainer, states=None): # as in `one_epoch`
+def train_epoch(self:Trainer):
     "Train one epoch, score it, keep its weights if they are the best so far, and record it."
     start = time.monotonic()
-    loss = self.one_epoch(states)
+    loss = self.one_epoch()
     self.epoch += 1
     trained = time.monotonic() - start
     scores = self.score()
@@ -525,7 +521,7 @@ def resume(self:Trainer) -> dict|None:
     self.model.load_state_dict(state['model'])
     now = self.precision
     for name in _STATE: setattr(self, name, state[name])
-    if self.position: self.losses = list(state['losses'])
+    if self.position: self.losses, self.states = list(state['losses']), state['random']
     at = f', batch {self.position} of the next' * bool(self.position)
     self.log(f'resumed after stage {self.stage + 1}, epoch {self.epoch}{at}')
     if self.precision != now: self.log(f'started in {self.precision}, continues in {now}')
@@ -533,10 +529,10 @@ def resume(self:Trainer) -> dict|None:
     return state
 
 @patch
-def continue_from(self:Trainer, states:list): # from `random_states`
+def continue_from(self:Trainer):
     "Restore the random numbers within an epoch."
-    if set_random_state(states): return
-    self.log(f'saved by {len(states)} processes: the rest of this epoch draws other dropout masks')
+    if set_random_state(self.states): return
+    self.log(f'saved by {len(self.states)} processes: the rest of this epoch draws other dropout masks')
     self.seed_steps('position', self.position)
 
 # %% ../nbs/11_training.ipynb #90a27d2d

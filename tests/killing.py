@@ -1,6 +1,5 @@
 "Work that a process does until it is killed, and what is left of it in the end; test_killed.py imports it."
 import random, time
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import cmlf.appendix.resume as resume
 import cmlf.features as features
 from cmlf.config import get_profile
 from cmlf.experiments import Experiment
+from command import context
 
 resume.Checkpoint.late = lambda self: bool(self.path) and not time.monotonic_ns() // 1000 % 3  # many steps are written
 torch.set_num_threads(1)
@@ -65,9 +65,6 @@ def differences(a, b) -> list:
     return names
 
 # --- processes that are killed
-
-context = get_context('forkserver')  # a server that has imported everything; its children start at once
-context.set_forkserver_preload(['cmlf.experiments', 'cmlf.report'])
 
 def start(work, folder):
     process = context.Process(target=WORK[work], args=(folder,))

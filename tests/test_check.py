@@ -1,5 +1,5 @@
 "`cmlf reproduce --check`: whatever is changed in a report or its ranks is named, and nothing else is."
-import json, shutil
+import contextlib, shutil
 
 import pandas as pd
 import pytest
@@ -7,7 +7,7 @@ import pytest
 from cmlf.appendix.check import check_all, check_report
 from cmlf.appendix.ranks import read_ranks, write_ranks
 from cmlf.cli import run_command
-from cmlf.core import CmlfError, write_json
+from cmlf.core import CmlfError, read_json, write_json
 from cmlf.report import Report, write_index, write_provenance
 from cmlf.runs import RUN_VERSION, save_ranks
 from cmlf.tables import runs_needed
@@ -39,6 +39,13 @@ def edit(path, change):
 def add(frame, column, by):
     frame.loc[2, column] += by
     return frame
+
+@contextlib.contextmanager
+def edited_json(path):
+    "The content of a JSON file, which is written back after the block has changed it."
+    found = read_json(path)
+    yield found
+    write_json(path, found)
 
 def edit_metadata(path, **changes):
     metadata, history, results = read_ranks(path)
@@ -103,9 +110,8 @@ def test_a_table_whose_record_is_gone_is_not_passed(report):
                                          (lambda r: r['in_force']['optimiser'].update(tau=1), 'in_force.tau'),
                                          (lambda r: r['corpus']['clips'].update(test=99), 'corpus.clips.test')])
 def test_an_edited_record_is_named(report, change, path):
-    record = json.loads((report/'table2.json').read_text())
-    change(record)
-    write_json(report/'table2.json', record)
+    with edited_json(report/'table2.json') as record:
+        change(record)
     assert f'table2.json {path}' in wrong(report)
 
 # --- the files of ranks
@@ -146,18 +152,15 @@ def test_a_changed_seed_is_named(report):
 
 def test_a_seed_changed_everywhere_is_another_key(report):
     "The key is computed from the settings, so records and ranks that agree are not enough."
-    record = json.loads((report/'table2.json').read_text())
-    run = next(r for r in record['runs'].values() if r['name'] == RUN)
-    run['spec']['seed'] = 1
-    write_json(report/'table2.json', record)
+    with edited_json(report/'table2.json') as record:
+        run = next(r for r in record['runs'].values() if r['name'] == RUN)
+        run['spec']['seed'] = 1
     edit_metadata(ranks_of(report), spec=run['spec'])
     assert f'key {run["key"]} in the ranks, ' in wrong(report)
 
 def test_other_seeds_in_the_record_are_named(report):
     for name, change in {'table2.json': lambda r: r['asked'].update(seeds=2), 'provenance.json': lambda r: r.update(seeds=3)}.items():
-        record = json.loads((report/name).read_text())
-        change(record)
-        write_json(report/name, record)
+        with edited_json(report/name) as record: change(record)
     found = wrong(report)
     assert 'provenance.json seeds: 3, in the records 2' in found and 'table2.csv row 1' in found
 
@@ -180,10 +183,7 @@ def test_an_edited_version_in_the_ranks_is_named(report):
 # --- provenance
 
 def test_an_edited_provenance_is_named(report):
-    path = report/'provenance.json'
-    origin = json.loads(path.read_text())
-    origin['runs'][0]['minutes'] += 1
-    write_json(path, origin)
+    with edited_json(report/'provenance.json') as origin: origin['runs'][0]['minutes'] += 1
     assert f'provenance.json run {origin["runs"][0]["name"]} minutes: ' in wrong(report)
 
 # --- the command

@@ -196,9 +196,9 @@ from functools import partial
 from cmlf.cli import main
 
 one_epoch = cmlf.training.Trainer.one_epoch
-def killed(self, states=None):
+def killed(self):
     if os.environ['RANK'] == '1' and self.epoch == 2: os.kill(os.getpid(), signal.SIGKILL)
-    return one_epoch(self, states)
+    return one_epoch(self)
 
 cmlf.training.Trainer.one_epoch = killed
 cmlf.experiments.Trainer = partial(cmlf.training.Trainer, save_every=0)

@@ -9,8 +9,8 @@ import torch
 import killing
 from cmlf.appendix.resume import Checkpoint, newest_state, write_state
 from cmlf.core import CmlfError
-from command import cmlf
-from killing import context, differences, left, run_killed, run_whole, start
+from command import cmlf, context
+from killing import differences, left, run_killed, run_whole, start
 from test_runs import SMALL, some_rows, tones
 
 KILLS = int(os.environ.get('CMLF_KILLS', 4))  # of each kind of work

@@ -27,21 +27,21 @@ def write(tmp_path):
     return write
 
 @pytest.fixture
-def refused(tmp_path):
-    "A function that checks for one line, and that nothing was executed."
-    def refused(path, words, **parameters):
-        with pytest.raises(CmlfError, match=words) as e: run_notebook(path, tmp_path/'out'/'page.ipynb', parameters)
-        assert '\n' not in str(e.value) and not (tmp_path/'out').exists()
-    return refused
-
-@pytest.fixture
 def failed(tmp_path):
-    "A function that checks for one line after a notebook was executed; the line."
+    "A function that checks for one line when a notebook is refused or has failed; the line."
     def failed(path, words, **parameters):
         with pytest.raises(CmlfError, match=words) as e: run_notebook(path, tmp_path/'out'/'page.ipynb', parameters)
         assert '\n' not in str(e.value) and len(str(e.value)) < 900
         return str(e.value)
     return failed
+
+@pytest.fixture
+def refused(failed, tmp_path):
+    "The same, and nothing was executed."
+    def refused(path, words, **parameters):
+        failed(path, words, **parameters)
+        assert not (tmp_path/'out').exists()
+    return refused
 
 # --- papermill: before the run
 

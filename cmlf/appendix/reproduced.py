@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..config import get_profile
-from ..core import CmlfError, log, machine, one_of, write_text
+from ..core import CmlfError, commit, log, machine, one_of, write_text
 from ..experiments import METRICS, Experiment, scores
 from ..report import SEEN
 from ..runs import ROOT, RankRun
@@ -139,8 +139,7 @@ def expected_effects(report=ROOT/'reports'/'mini') -> list: # of entries
     frame = pd.read_csv(Path(report)/'comparisons.csv')
     return [dict(what=f'{r.claim}: {r.comparison}', expected=round(float(r.mean), 2),
                  tolerance=.01, why='nothing is trained')
-            for r in frame.rename(columns=dict(mean='effect')).rename(
-                columns=dict(effect='mean')).itertuples()]
+            for r in frame.itertuples()]
 
 # %% ../../nbs/appendix/reproduced.ipynb #be0677a1
 def found_scores(report) -> dict: # {what: score}
@@ -213,9 +212,7 @@ def read_form(path) -> dict: # answers {name: answer}, expected {name: entries}
 
 def commit_of(root=ROOT, form=FORM) -> str:
     "The commit, and '+' if files other than the form differ from it; '' outside of git."
-    def git(*a): return subprocess.run(['git', *a], cwd=root, capture_output=True, text=True).stdout
-    changed = git('status', '--porcelain', '-uno', '--', '.', f':(exclude){Path(form).name}')
-    return git('rev-parse', '--short', 'HEAD').strip() + '+' * bool(changed.strip())
+    return commit(root, Path(form).name)
 
 def is_answered(answer:dict|None, commit:str, here:dict) -> bool:
     "Whether an answer was given at this commit on this machine; never for uncommitted code."
