@@ -13,11 +13,14 @@ from cmlf.config import get_profile
 from cmlf.experiments import Experiment
 from command import context
 
-resume.Checkpoint.late = lambda self: bool(self.path) and not time.monotonic_ns() // 1000 % 3  # many steps are written
-torch.set_num_threads(1)
 PROFILE = get_profile('smoke').replace(n_train=32, n_test=8, pretrain_scenes=32)
 
 # --- the work
+
+def prepare():
+    "In the process that works, and only there: write the state after many steps; one thread."
+    resume.Checkpoint.late = lambda self: bool(self.path) and not time.monotonic_ns() // 1000 % 3
+    torch.set_num_threads(1)
 
 def experiment(folder): return Experiment(PROFILE, folder)
 
@@ -66,8 +69,12 @@ def differences(a, b) -> list:
 
 # --- processes that are killed
 
+def do(work, folder):
+    prepare()
+    WORK[work](folder)
+
 def start(work, folder):
-    process = context.Process(target=WORK[work], args=(folder,))
+    process = context.Process(target=do, args=(work, folder))
     process.start()
     return process
 

@@ -171,6 +171,7 @@ def test_indexing_on_a_full_disk_ends_with_one_line_and_goes_on(disk, tmp_path):
 # --- same in, same out
 
 def _train_some(folder, jobs):
+    killing.prepare()
     exp = killing.experiment(folder)
     exp.train_all([exp.spec('3cmlf', 'scratch', True), exp.spec('ce')], jobs=jobs)
 
@@ -186,7 +187,7 @@ SCRIPT = '''
 import sys
 sys.path.insert(0, sys.argv[1])
 import killing
-killing.three_stages(sys.argv[2])
+killing.do('three_stages', sys.argv[2])
 '''
 
 def test_the_same_bits_in_fresh_processes(whole, tmp_path):
