@@ -197,9 +197,10 @@ def _write_npy(path, array):
 def _train_command(data:str = _DATA,
                   out:str = typer.Option(..., help='folder of the run'),
                   profile:str = typer.Option('field', help='profile of the settings'),
-                  system:str = typer.Option('3cmlf', help='3cmlf (three stages) or baseline '
-                                                          '(joint)'),
-                  chm:bool = typer.Option(True, help='mined batches; with --no-chm random ones'),
+                  system:str = typer.Option('baseline', help='baseline (joint training) or 3cmlf '
+                                                             '(the three stages of the paper)'),
+                  chm:bool = typer.Option(None, '--chm/--no-chm', help='mined or random batches; '
+                                          'with 3cmlf mined ones are the default'),
                   seed:int = typer.Option(0, help='seed of weights and batches'),
                   set_:list[str] = _SET, as_json:bool = _JSON):
     "Train on your own sounds."

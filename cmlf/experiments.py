@@ -26,7 +26,7 @@ from .appendix.experts import (encoder_words, extract, load_expert, load_words,
                                    own_experts)
 from .appendix.resume import only_one
 from .baselines import CE, CESettings, ranger, train_ce
-from .config import COMPOSED, VECTORS, Profile, clap_name, expert_files
+from .config import COMPOSED, VECTORS, Profile, clap_name, expert_files, get_profile, pick
 from .core import (CmlfError, absolute, atomic_path, autocast, content_hash, device, log, one_of,
                        path_hash, precision, read_json, read_npy, rng, seed_everything)
 from .data import SPLITS, read_relevance
@@ -36,7 +36,7 @@ from .layouts import load_corpus
 from .loss import max_margin
 from .metrics import DIRECTIONS, KS, retrieval
 from .mining import unit_vectors
-from .runs import Run, RunSpec, RunStore, run_profile, saved_vectors
+from .runs import Run, RunSpec, RunStore, run_config, run_profile, saved_vectors
 from .soundscapes import compose, tagging_corpus
 from .training import (PairedSplit, Trainer, ancillary_vectors, curriculum_stages, embed,
                            fit_tagger, joint_stages, mean_average_precision, tokens_of)
@@ -409,12 +409,15 @@ def _write_ce(folder, found, parts, updates): # updates per epoch
 def train_on(data, # corpus on disk
              profile:Profile, # its settings; its corpus is replaced by `data`
              out, # folder of the run
-             system:str='3cmlf', # or 'baseline'
-             chm:bool=True, # mined batches
+             system:str='baseline', # joint training; '3cmlf': the three stages of the paper
+             chm:bool=None, # mined batches; None: as the paper trains this system
              seed:int=0,
             ) -> Run:
     "Train on your own sounds; returns the finished run, stored in `out`."
     out = Path(out)
+    one_of(system, ['baseline', '3cmlf'], 'system')
+    if chm and system == 'baseline':
+        raise CmlfError("joint training has random batches: mined ones (chm) need system '3cmlf'")
     if (out/'run.json').exists():
         raise CmlfError(f'{out}: holds a finished run; give another folder')
     with contextlib.nullcontext() if rank() else only_one(out/'work'):
@@ -424,16 +427,24 @@ def _train_on(data, profile, out, system, chm, seed):
     exp = Experiment(profile.replace(source='manifest'), out/'work', data=data)
     exp.check_captions(DualEncoder.from_profile(exp.profile).text)
     exp.profile = _with_two_batches(exp.profile, len(exp.corpus.split('train')))
-    spec = exp.spec(one_of(system, ['3cmlf', 'baseline'], 'system'),
+    spec = exp.spec(system,
                     'pretrained' if profile.tagger.panns or clap_name(profile.audio.encoder)
                     else 'scratch',
-                    chm and system == '3cmlf', seed=seed)
+                    system == '3cmlf' and chm is not False, seed=seed)
+    _say_unread(exp.profile, spec)
     folder = exp.run(spec).folder
     agree(folder.name, 'run') # all processes of this run have read it: it may be moved now
     from_first(_move, folder, out)
     run = Run(out)
     from_first(write_card, run)
     return run
+
+def _say_unread(profile, spec): # one line about changed settings that this run does not read
+    groups = 'batches curriculum ce experts'
+    usual, read = pick(get_profile(profile.name), groups), run_config(profile, spec)
+    names = [k for k, v in pick(profile, groups).items() if k not in read and v != usual[k]]
+    if names: log(f'{", ".join(names)}: not read by {spec.name} (system={spec.system}, '
+                  f'chm={str(spec.chm).lower()})')
 
 def _move(folder, out):
     # run.json is moved last: a folder with run.json counts as finished

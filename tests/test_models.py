@@ -474,7 +474,7 @@ def manifest(tmp_path_factory):
 def test_train_and_evaluate_on_own_sounds(manifest, folder, tmp_path, encoder):
     copy = shutil.copytree(folder, tmp_path/'clap')
     profile = tiny(encoder.replace('FOLDER', str(copy)), seconds=1.)
-    run = train_on(manifest, profile, tmp_path/'run', chm=encoder == 'clap')
+    run = train_on(manifest, profile, tmp_path/'run', '3cmlf', chm=encoder == 'clap')
     assert run.metadata['spec']['audio'] == ('pretrained' if encoder == 'clap:FOLDER' else 'scratch')
     shutil.rmtree(copy) # a saved model does not need it any more
     found = evaluate_on(run, manifest)
@@ -557,7 +557,7 @@ def test_sources_that_are_not_there_are_one_clear_error(tmp_path, value, match):
 
 def test_a_run_can_be_evaluated_without_the_vectors_it_was_mined_from(manifest, tmp_path):
     np.save(tmp_path/'e.npy', np.random.default_rng(0).normal(size=(8, 5)))
-    run = train_on(manifest, tiny('cnn14', seconds=1., vectors_from=str(tmp_path/'e.npy')), tmp_path/'run')
+    run = train_on(manifest, tiny('cnn14', seconds=1., vectors_from=str(tmp_path/'e.npy')), tmp_path/'run', '3cmlf')
     (tmp_path/'e.npy').unlink()
     assert evaluate_on(run, manifest)['coverage']['coverage'] == '2 of 2 clips'
 

@@ -79,10 +79,21 @@ def test_two_commands_in_one_folder(tmp_path):
         done = cmlf('train', '--data', data, *SMALL, '--out', tmp_path/'run')
     assert_refused_after_facts(done, 'another command writes to this folder')
 
+def test_joint_training_is_the_default_and_settings_that_it_does_not_read_are_named(tmp_path):
+    data = tones(tmp_path/'own', some_rows())
+    train = lambda *more: cmlf('train', '--data', data, *SMALL, '--out', tmp_path/'run', *more)
+    assert_refused_after_facts(train('--chm'), 'random batches', '3cmlf')
+    assert nothing_computed(tmp_path/'run')
+    done = train('--set', 'batch_size=4', '--set', 'ancillary=audio', '--set', 'kinds=hard+random+easy')
+    assert done.returncode == 0, done.stderr
+    line, = (l for l in done.stderr.splitlines() if 'not read by' in l)
+    assert 'kinds, ancillary: not read by baseline-scratch' in line and 'batch_size' not in line
+    assert Run(tmp_path/'run').metadata['spec']['system'] == 'baseline'
+
 def test_class_names_as_captions_train(tmp_path):
     "4 captions on 64 clips: groups too large for the batches are spread, and one line per run reports it."
     rows = [(f'{i:02}.wav', ['dog', 'rain', 'bell', 'wind'][i % 4], 'train' if i < 48 else 'val' if i < 56 else 'test') for i in range(64)]
-    done = cmlf('train', '--data', tones(tmp_path/'own', rows), *SMALL, '--out', tmp_path/'run', '--json')
+    done = cmlf('train', '--data', tones(tmp_path/'own', rows), *SMALL, '--system', '3cmlf', '--out', tmp_path/'run', '--json')
     assert done.returncode == 0, done.stderr
     logged = [l for l in done.stderr.splitlines() if 'spread as evenly as possible' in l]
     assert len(logged) == 2 and '4 groups' in logged[0]   # the baseline's run and the mined one
