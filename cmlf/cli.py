@@ -97,7 +97,7 @@ def _reproduce_command(
 
 # %% ../nbs/18_cli.ipynb #5211ba3d
 def _plan(profile, settings, runs, events, data, only, ranks, numbers, seeds):
-    from cmlf.appendix.comparisons import claims_needed
+    from cmlf.appendix.choices import claims_needed
     from cmlf.config import get_profile
     from cmlf.experiments import Experiment
     from cmlf.tables import print_plan

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from .appendix.comparisons import claims_needed
+from .appendix.choices import claims_needed, sized_runs
 from .appendix.figures import write_mp3, write_spectrogram
 from .appendix.notebook_runs import check_before, hide_paths, run_notebook
 from .appendix.page import (all_runs, flat_settings, read_records, render, view_cards,
@@ -245,6 +245,7 @@ def write_record(self:Report):
     needed = claims_needed(self.exp, self.seeds) if self.number == 'claims' else runs_needed(
         self.exp, [self.number], self.seeds)
     runs = [self.exp.result(s).metadata for s in needed if is_known(self.exp, s)]
+    sized = sized_runs(self.exp, self.seeds) if self.number == 'claims' else {}
     corpus = self.exp.corpus
     write_credits(corpus, self.out/'CREDITS.md')
     write_json(self.out/f'{self.name}.json', dict(
@@ -253,7 +254,7 @@ def write_record(self:Report):
                     clips={s: len(corpus.split(s)) for s in ('train', 'val', 'test')}),
         tables=self.tables, claims=self.claims, effects=self.effects, figures=self.figures,
         cards=self.cards,
-        runs={r['key']: r for r in runs}))
+        runs={r['key']: r for r in runs}, sized=sized))
 
 # %% ../nbs/16_report.ipynb #12844c21
 def write_credits(corpus, # a `Corpus`

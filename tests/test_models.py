@@ -565,7 +565,8 @@ def test_a_run_can_be_evaluated_without_the_vectors_it_was_mined_from(manifest, 
 # --- the claim
 
 def test_other_models_are_trained_on_request_only(tmp_path):
-    from cmlf.appendix.comparisons import MODELS, claims_needed, test_comparisons as compare, COMPARISONS
+    from cmlf.appendix.choices import claims_needed
+    from cmlf.appendix.comparisons import MODELS, test_comparisons as compare, COMPARISONS
     exp = Experiment(get_profile('smoke', dict(n_train=16, n_val=6, n_test=8, width=2, batch_size=4, seconds=1.)), tmp_path)
     assert not [s for s in claims_needed(exp, 1) if 'encoder=' in s.changes]
     only = Experiment(exp.profile, tmp_path, only='*encoder=cnn14*')

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .choices import choices, size_ways, sized
 from .claims_page import ClaimsReport
-from .comparisons import (
-    COMPARISONS, points_of, variant_point, variants_of, ways_of)
+from .comparisons import COMPARISONS, points_of, variant_point, variants_of, ways_of
 from .page import flat_settings, read_records, render, view_page
 from .ranks import read_ranks
 from ..config import GROUPS, PATH_SETTINGS, Profile, get_profile, pick
@@ -88,7 +88,7 @@ def moved(exp:Experiment,
     return found or ([] if key == run['key'] else [f'key {run["key"]} in the ranks, {key} now'])
 
 # %% ../../nbs/appendix/check.ipynb #8c404888
-_SHOWN = {'claims': 'all_claims comparisons power variants ways'}
+_SHOWN = {'claims': 'all_claims comparisons power variants ways choices sizes'}
 
 def made_anew(number, # of the table, or 'claims'
               asked:dict, # from the record of the table
@@ -106,7 +106,8 @@ def made_anew(number, # of the table, or 'claims'
 
 # %% ../../nbs/appendix/check.ipynb #3179cbfa
 _LABELS = dict(table1=['system', 'audio_encoder', 'chm'], table2=['audio_encoder', 'stage'],
-               table3=['audio_encoder', 'batch_size'], power=['Claim', 'Comparison', 'Direction'])
+               table3=['audio_encoder', 'batch_size'], power=['Claim', 'Comparison', 'Direction'],
+               sizes=['claim', 'comparison', 'clips'])
 _FREE = {'ranks_only': 'where a run was trained'}
 
 def _read(path): # cells as texts; a table without rows and columns is a file of one line
@@ -166,7 +167,7 @@ def _comparisons(report, name): # of an effect table: {label: specs}
     if name[-1] in '123': # the tests of one table
         return {f'{c} {what}': [spec_of(exp, r, s) for r in pair for s in seeds]
                 for c, what, *pair in TABLE_COMPARISONS[int(name[-1])]()}
-    points = {f'{c.claim} {c.what}': points_of([c]) for c in [*COMPARISONS, *ways_of()]}
+    points = {f'{c.claim} {c.what}': points_of([c]) for c in [*COMPARISONS, *ways_of(), *choices(), *size_ways()]}
     points |= {f'stage 3 {n}': [variant_point(n), variant_point('')] for n in variants_of(exp)}
     return {label: [p.spec(exp, s) for p in ps for s in seeds] for label, ps in points.items()}
 
@@ -179,7 +180,10 @@ def files_of(report:Report, name:str, # of a table
     specs = _comparisons(report, name)
     # 'power' has a line per direction, so its labels are longer than those of the comparisons
     def of(label): return specs.get(max(filter(label.startswith, specs), key=len, default=''), [])
-    return lambda label, row: [f'{s.name}-{report.exp.key(s)}.npz' for s in of(label)]
+    def files(label, row): # runs of another number of clips have other keys
+        exp = sized(report.exp, int(row['clips'])) if 'clips' in row else report.exp
+        return [f'{s.name}-{exp.key(s)}.npz' for s in of(label)]
+    return files
 
 # %% ../../nbs/appendix/check.ipynb #5deae448
 _ELSEWHERE = 'runs were trained elsewhere' # a note that only a report made from ranks has
@@ -279,13 +283,19 @@ def _count(check, path, made): # the cells of a table of the report
             check.unchecked[what] = check.unchecked.get(what, 0) + n
         elif not _given(path.stem, c): check.cells += n
 
+def _runs_of(record, exp): # (experiment, metadata of a run) of all runs of a record
+    for run in record['runs'].values(): yield exp, run
+    for n, runs in record.get('sized', {}).items():
+        other = sized(exp, int(n))
+        for run in runs.values(): yield other, run
+
 def _check_files(check, ranks, records, exps): # the good files are returned
     good, faulty = {}, set()
     for n, record in records.items():
-        for run in record['runs'].values():
+        for exp, run in _runs_of(record, exps[n]):
             name = ranks_name(run)
             why = file_faults(ranks, run)
-            if not why: why = moved(exps[n], run)
+            if not why: why = moved(exp, run)
             if why: faulty.add(name)
             else: good[name] = ranks/name
             check.wrong += [l for w in why if (l := f'ranks/{name}: {w}') not in check.wrong]
@@ -347,7 +357,8 @@ def check_report(out, # folder of a report
             else: _compare(check, out, anew, report, record)
         _check_rest(check, out, records, {p.name for p in Path(tmp).rglob('*.csv')})
         check.files = len(list(good.iterdir()))
-    named = {ranks_name(r) for record in records.values() for r in record['runs'].values()}
+    named = {ranks_name(run) 
+             for n, r in records.items() for _, run in _runs_of(r, exps[n])}
     check.spare = len({p.name for p in ranks.glob('*.npz')} - named)
     check.wrong += provenance_faults(out, records)
     return check

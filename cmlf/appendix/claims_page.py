@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['effect_text', 'pretty_effects', 'oscillation_line', 'forest_figure', 'power_table', 'clips_for', 'pretty_power',
-           'test_variants', 'pretty_variants', 'ClaimsReport']
+           'test_variants', 'pretty_variants', 'pretty_choices', 'pretty_sizes', 'size_figure', 'ClaimsReport']
 
 # %% ../../nbs/appendix/claims_page.ipynb #5b11514d
 import numpy as np
@@ -15,6 +15,7 @@ from scipy import stats
 from cmlf.appendix.comparisons import (
     SCORES, Comparison, Point, decided, joint_oscillation, test_comparisons, variant_point,
     variants_of, ways_of)
+from .choices import test_choices, test_sizes
 from .effects import detectable, seeds_for
 from .geometry import geometry
 from ..core import write_text
@@ -137,6 +138,42 @@ def pretty_variants(frame:pd.DataFrame # from `test_variants`
         'Mean recall': [effect_text(r, 'mean') for _, r in found.iterrows()],
         'Seeds': [f'{s:.0f}' for s in found.seeds], 'Verdict': found.verdict.replace(words)})
 
+# %% ../../nbs/appendix/claims_page.ipynb #bb350f73
+def pretty_choices(frame:pd.DataFrame, # from `test_choices`
+                  ) -> pd.DataFrame:
+    "The choices for reading, in the order of the list; without those that were not run."
+    found = frame[frame.seeds > 0]
+    columns = {name: [effect_text(r, d) for _, r in found.iterrows()]
+               for d, name in dict(t2a='T2A R@1', a2t='A2T R@1', mean='Mean recall').items()}
+    words = dict(supported='better', contradicted='worse')
+    return pd.DataFrame({'Choice': found.claim.str[-1], 'Changed': found.comparison, **columns,
+                         'Seeds': [f'{s:.0f}' for s in found.seeds],
+                         'Verdict': found.verdict.replace(words)})
+
+# %% ../../nbs/appendix/claims_page.ipynb #348ce7cc
+def pretty_sizes(frame:pd.DataFrame, # from `test_sizes`
+                ) -> pd.DataFrame:
+    "The comparisons for reading, by size."
+    if not len(frame): return pd.DataFrame(columns=['Training clips'])
+    shown = pretty_choices(frame.assign(claim='')).drop(columns='Choice')
+    shown.insert(0, 'Training clips', [f'{n:,}' for n in frame.clips])
+    return shown.rename(columns={'Changed': 'Training'})
+
+def size_figure(frame:pd.DataFrame): # from `test_sizes`
+    "Effects in mean recall over the number of training clips, with intervals."
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7.2, 3.6), layout='constrained')
+    for i, (name, part) in enumerate(frame.groupby('comparison', sort=False)):
+        x = part.clips * 1.03 ** (i - 2) # side by side
+        ax.errorbar(x, part['mean'], yerr=[part['mean'] - part.mean_low, part.mean_high - part['mean']],
+                    fmt='o-', ms=4, lw=1.2, label=name)
+    ax.axhline(0, color='gray', lw=.8)
+    ax.set_xscale('log'); ax.set_xticks(sorted(set(frame.clips)), [f'{n:,}' for n in sorted(set(frame.clips))])
+    ax.minorticks_off()
+    ax.set_xlabel('training clips'); ax.set_ylabel('effect, points of mean recall')
+    fig.legend(loc='outside right upper', fontsize=8)
+    return fig
+
 # %% ../../nbs/appendix/claims_page.ipynb #ea536895
 _NOTES = [
     'Effects are differences in points of R@1, with 95 % intervals over seeds, test clips and the '
@@ -149,7 +186,13 @@ class ClaimsReport(Report):
     "The report of the claims: arguments as those of a `Report`, without the number."
     def __init__(self, *arguments): super().__init__('claims', *arguments)
 
-def _write(self, name, title, frame, shown, notes=()): # the .csv, the .md, the page
+@patch
+def put(self:ClaimsReport, name:str, # of the files
+        title:str, # on the page
+        frame:pd.DataFrame, # for the .csv
+        shown:pd.DataFrame, # for the .md and the page
+        notes=()) -> pd.DataFrame:
+    "Write one table, and keep it for the page; returns what is shown."
     write_text(self.out/f'{name}.csv', frame.to_csv(index=False))
     lines = ''.join(f'- {n}\n' for n in notes)
     write_text(self.out/f'{name}.md', shown.to_markdown(index=False, disable_numparse=True) +
@@ -165,7 +208,7 @@ def show_all_claims(self:ClaimsReport) -> pd.DataFrame:
     shown = pretty_effects(decided(self.tested))
     c7 = oscillation_line(joint_oscillation(self.exp, self.seeds))
     shown = pd.concat([shown, pd.DataFrame([c7])]).sort_values('Claim')
-    return _write(self, 'claims', 'The claims of the paper', self.tested, shown, _NOTES)
+    return self.put('claims', 'The claims of the paper', self.tested, shown, _NOTES)
 
 @patch
 def show_comparisons(self:ClaimsReport) -> pd.DataFrame:
@@ -175,13 +218,13 @@ def show_comparisons(self:ClaimsReport) -> pd.DataFrame:
         names = found.claim + ' ' + found.comparison
         self.figure(forest_figure(found, names), 'forest', 'Effects in R@1 with 95 % intervals over '
                     'seeds, clips and sources. Diamonds: the paper.')
-    return _write(self, 'comparisons', 'All comparisons', found, pretty_effects(found))
+    return self.put('comparisons', 'All comparisons', found, pretty_effects(found))
 
 @patch
 def show_power(self:ClaimsReport) -> pd.DataFrame:
     "What the paper's differences would take, written as `power`."
     power = power_table(self.tested, len(self.exp.corpus.split('test')))
-    return _write(self, 'power', 'What it would take to tell', power,
+    return self.put('power', 'What it would take to tell', power,
                   pretty_power(power) if len(power) else power)
 
 @patch
@@ -193,7 +236,7 @@ def show_variants(self:ClaimsReport) -> pd.DataFrame:
         found = found.sort_values('mean', ascending=False)
         self.figure(forest_figure(found, found.comparison, 'effect against random batches, points of R@1'),
                     'variants', 'Variants of stage 3 against random batches in stage 3.')
-    return _write(self, 'variants', 'Variants of stage 3', frame, pretty_variants(frame), [
+    return self.put('variants', 'Variants of stage 3', frame, pretty_variants(frame), [
         'After the last epoch, against random batches in stage 3, from the same model after stage 2 '
         'with the same number of updates.'])
 
@@ -205,13 +248,31 @@ def show_ways(self:ClaimsReport) -> pd.DataFrame:
     if len(found):
         self.figure(forest_figure(found, found.comparison, 'effect against joint training, points of R@1'), 'ways',
                     'Ways to train, against joint training with as many updates.')
-    return _write(self, 'ways', 'Ways to train, against joint training', frame, pretty_variants(frame).rename(
+    return self.put('ways', 'Ways to train, against joint training', frame, pretty_variants(frame).rename(
         columns={'Stage 3': 'Training'}), ['With as many updates as joint training; audio encoder from scratch.'])
 
 _SHOWN = {'joint': Point('baseline'), 'after stage 2': Point('stages12', chm=True),
           **{name: variant_point(name) for name in (
               'hard, as the paper', 'BatchNorm fixed', 'BatchNorm fixed, 0.3 of the rate', 'groups of 4',
               'half of the batches')}, 'random': variant_point('')}
+
+@patch
+def show_choices(self:ClaimsReport) -> pd.DataFrame:
+    "The other side of each choice that the paper leaves open, if it was run, written as `choices`."
+    frame = test_choices(self.exp, self.seeds)
+    return self.put('choices', 'Choices that the paper leaves open', frame, pretty_choices(frame), [
+        'One setting changed, against the same run without the change; choices are trained only if '
+        '--only names them.'])
+
+@patch
+def show_sizes(self:ClaimsReport) -> pd.DataFrame:
+    "Ways to train, by number of training clips, written as `sizes`."
+    frame = test_sizes(self.exp, self.seeds)
+    if frame.get('clips', pd.Series(dtype=int)).nunique() > 1:
+        self.figure(size_figure(frame), 'sizes', 'Effects in points of mean recall, by number of training clips, '
+                    'with 95 % intervals.')
+    return self.put('sizes', 'The number of training clips', frame, pretty_sizes(frame), [
+        'With as many clips, epochs and updates on both sides, and the same test clips.'])
 
 @patch
 def show_geometry(self:ClaimsReport) -> pd.DataFrame:
@@ -223,6 +284,6 @@ def show_geometry(self:ClaimsReport) -> pd.DataFrame:
     frame = pd.DataFrame(lines).T.drop(columns=['stage', 'epoch']).astype(float)
     shown = frame.round(2).rename_axis('run').reset_index()
     shown.columns = [c.replace('_', ' ') for c in shown.columns]
-    return _write(self, 'geometry', 'The shape of the joint space', frame.rename_axis('run').reset_index(),
+    return self.put('geometry', 'The shape of the joint space', frame.rename_axis('run').reset_index(),
                   shown, ['After the last epoch of each run, seed 0, test set. Beats near and far: how often the '
                           'right clip beats all of the 31 clips nearest to it, and all others.'])

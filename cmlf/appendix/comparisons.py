@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUDIO', 'BUDGETS', 'MODELS', 'ENCODERS', 'COMPARISONS', 'CONTROL', 'VARIANTS', 'WAYS', 'SCORES', 'Point',
-           'Comparison', 'paper_gap', 'variant_point', 'variants_of', 'ways_of', 'specs_of', 'points_of', 'may_run',
-           'claims_needed', 'results', 'sources_of', 'measured', 'test_comparisons', 'with_verdicts', 'decided',
+           'Comparison', 'paper_gap', 'variant_point', 'fits', 'variants_of', 'ways_of', 'specs_of', 'points_of',
+           'may_run', 'results', 'sources_of', 'measured', 'effects_of', 'test_comparisons', 'with_verdicts', 'decided',
            'oscillation', 'joint_oscillation']
 
 # %% ../../nbs/appendix/comparisons.ipynb #2714137f
@@ -138,14 +138,17 @@ def variant_point(name:str, # of `VARIANTS`; '': the control
                  ) -> Point:
     "The score of a variant of stage 3."
     return Point('stage3', audio, True, changes=VARIANTS[name] if name else CONTROL, last=last)
-def _fits(changes, size): # whether groups of neighbours fill a batch, and are smaller
+def fits(changes:str, # of a run
+         size:int, # of a batch
+        ) -> bool:
+    "Whether groups of neighbours fill a batch, and are smaller than it."
     k = int(dict(t.split('=') for t in changes.split()).get('neighbours', 1))
     return k < size and size % k == 0
 
 def variants_of(exp:Experiment) -> list:
     "The names of the variants that fit the batch size: groups of neighbours are smaller than it."
     size = exp.profile.batches.batch_size
-    return [name for name, text in VARIANTS.items() if _fits(text, size)]
+    return [name for name, text in VARIANTS.items() if fits(text, size)]
 
 # %% ../../nbs/appendix/comparisons.ipynb #bd4e2de9
 _ONE = 'trains=both+both+both kinds=random+random+{} vectors_from=start budget=equal_epochs restart_schedule=false'
@@ -183,13 +186,6 @@ def may_run(exp:Experiment, spec:RunSpec) -> bool:
     asked = exp.only or spec.changes not in MODELS.values()
     return is_known(exp, spec) or bool(asked) and exp.selects(spec)
 
-def claims_needed(exp:Experiment, seeds:int) -> list:
-    "All runs of the claims and of the variants that are known or may be trained, parents first."
-    size = exp.profile.batches.batch_size
-    ways = [c for c in ways_of() if _fits(c.pairs[0][0].changes, size)]
-    points = points_of(COMPARISONS + ways) + [variant_point(n) for n in ('', *variants_of(exp))]
-    return [s for s in specs_of(exp, points, seeds) if may_run(exp, s)]
-
 def results(exp:Experiment, p:Point, seed:int) -> Run:
     "The finished run of a score; `NotRun` if it is not known and may not be trained."
     spec = p.spec(exp, seed)
@@ -211,6 +207,7 @@ def _ranks(folder, p): # a `Retrieval`
 def measured(exp:Experiment, pairs, # of (Point, Point)
              seeds:int,
              k:int|None=None, direction:str|None=None, # as in `differences`
+             sources=None, # as `sources_of` gives them
             ) -> Effect|None:
     "The mean effect of the pairs, over the seeds whose runs are known; None if there are none."
     rows = []
@@ -218,7 +215,7 @@ def measured(exp:Experiment, pairs, # of (Point, Point)
         with contextlib.suppress(NotRun):
             found = [[_ranks(results(exp, p, seed).folder, p) for p in pair] for pair in pairs]
             rows.append(np.mean([differences([a], [b], k, direction)[0] for a, b in found], axis=0))
-    return effect(np.stack(rows), sources_of(exp)) if rows else None
+    return effect(np.stack(rows), sources or sources_of(exp)) if rows else None
 
 # %% ../../nbs/appendix/comparisons.ipynb #cf75703e
 SCORES = dict(t2a=(1, 't2a'), a2t=(1, 'a2t'), mean=(None, None))
@@ -229,17 +226,23 @@ def _line(e:Effect|None, name:str) -> dict: # columns of one score
     return {name: e.value, f'{name}_low': e.low, f'{name}_high': e.high, f'{name}_p': p,
             f'{name}_sd_seeds': e.sd_seeds, f'{name}_sd_clips': e.sd_clips, 'seeds': e.seeds}
 
-def test_comparisons(exp:Experiment, seeds:int, comparisons=COMPARISONS) -> pd.DataFrame:
-    "One line per comparison: effects in points with intervals, p-values and a verdict."
+def effects_of(exp:Experiment, seeds:int, comparisons=COMPARISONS,
+               sources=None, # as in `measured`
+              ) -> pd.DataFrame:
+    "One line per comparison: effects in points with intervals and p-values."
     lines = []
     for c in comparisons:
-        found = {n: measured(exp, c.pairs, seeds, *at) for n, at in SCORES.items()}
+        found = {n: measured(exp, c.pairs, seeds, *at, sources) for n, at in SCORES.items()}
         if found['mean'] is None and c.pairs[0][0].changes in MODELS.values(): continue
         paper = dict(zip(('paper_t2a', 'paper_a2t'), c.paper))
         line = dict(claim=c.claim, comparison=c.what, decides=c.main) | paper
         for name, e in found.items(): line |= _line(e, name)
         lines.append(dict(seeds=0) | line)
-    return with_verdicts(pd.DataFrame(lines))
+    return pd.DataFrame(lines)
+
+def test_comparisons(exp:Experiment, seeds:int, comparisons=COMPARISONS) -> pd.DataFrame:
+    "The lines of `effects_of` with a verdict each."
+    return with_verdicts(effects_of(exp, seeds, comparisons))
 
 def with_verdicts(frame:pd.DataFrame) -> pd.DataFrame:
     "The frame with a verdict per line; p-values of lines that decide are corrected together."
