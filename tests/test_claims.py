@@ -6,11 +6,14 @@ import pandas as pd
 import pytest
 import torch
 
-from cmlf.appendix.comparisons import (COMPARISONS, VARIANTS, Point, measured, sources_of, test_comparisons as
-                                       compare, variant_point)
+import cmlf.appendix.choices as choices_page
+from cmlf.appendix.choices import claims_needed, size_ways
+from cmlf.appendix.claims_page import ClaimsReport
+from cmlf.appendix.comparisons import (COMPARISONS, VARIANTS, Point, measured, points_of, sources_of, specs_of,
+                                       test_comparisons as compare, variant_point)
 from cmlf.appendix.effects import effect, shared, simulate, verdict
 from cmlf.config import get_profile
-from cmlf.core import CmlfError, rng
+from cmlf.core import CmlfError, read_json, rng
 from cmlf.experiments import Experiment
 from cmlf.mining import mine
 from cmlf.runs import RankRun, is_done, is_known
@@ -154,3 +157,23 @@ def test_claims_are_tested_from_ranks_alone(exp, tmp_path):
     page = (tmp_path/'report'/'index.html').read_text()
     assert 'The claims of the paper' in page and 'Variants of stage 3' in page
     assert not list((tmp_path/'runs').rglob('run.json'))
+
+# --- other numbers of training clips
+
+def test_numbers_of_training_clips_are_compared_from_runs_of_other_experiments(exp, tmp_path, monkeypatch):
+    monkeypatch.setattr(choices_page, 'SIZES', (32,))
+    for n in (32, exp.profile.corpus.n_train):
+        other = Experiment(exp.profile.replace(n_train=n), exp.runs, keep=exp.keep)
+        other.train_all(specs_of(other, points_of(size_ways()[:1]), 1))
+    assert [len(runs) for runs in choices_page.sized_runs(exp, 1).values()] == [2]
+    report = ClaimsReport('smoke', '', 1, '', tmp_path/'runs', '', tmp_path/'report', 'nothing', exp.keep)
+    assert report.show_sizes()['Training clips'].tolist() == ['32', str(exp.profile.corpus.n_train)]
+    frame = pd.read_csv(tmp_path/'report'/'sizes.csv')
+    assert frame.t2a.notna().all() and frame.joint.gt(0).all() and set(frame.verdict) == {'cannot tell'}
+    report.write_record()
+    assert list(read_json(tmp_path/'report'/'claims.json')['sized']) == ['32']
+    assert not list((tmp_path/'runs').rglob('run.json'))
+
+def test_choices_are_trained_only_if_they_are_named(exp):
+    named = lambda only: [s.name for s in claims_needed(Experiment(exp.profile, exp.runs, only=only), 1) if 'remine' in s.name]
+    assert not named('') and len(named('*remine=false*')) == 1

@@ -111,6 +111,22 @@ def test_readme_shows_the_numbers_of_the_report(profile):
     commit = json.loads(at_head(f'reports/{profile}/provenance.json'))['commit'].rstrip('+')
     assert f'commit {commit}' in readme
 
+def cells_of(line): return [c.strip() for c in line.strip().strip('|').split('|')]
+
+def tables_of(text):
+    "(head, rows) of every table of a markdown page."
+    for block in re.findall(r'(?:^\|.*\n)+', text, re.M):
+        lines = [cells_of(l) for l in block.splitlines()]
+        yield lines[0], [dict(zip(lines[0], l)) for l in lines[2:]]
+
+@pytest.mark.parametrize('name', ['claims', 'variants', 'ways', 'encoders'])
+def test_readme_shows_rows_of_the_claims(name):
+    head, rows = next(tables_of(at_head(f'reports/mini/{name}.md')))
+    shown = [(h, r) for h, r in tables_of(at_head('README.md')) if h[0] == head[0] and set(h) <= set(head)]
+    assert len(shown) == 1, f'README should have one table with columns of {name}.md: {head}'
+    columns, lines = shown[0]
+    assert lines and all(l in [{c: r[c] for c in columns} for r in rows] for l in lines)
+
 @pytest.mark.parametrize('profile', ['mini', 'field'])
 def test_committed_reports_hold_every_number_and_no_recording(profile):
     folder = f'reports/{profile}'

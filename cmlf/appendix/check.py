@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .choices import choices, size_ways, sized
-from .claims_page import ClaimsReport
+from .claims_page import ClaimsReport, encoder_points
 from .comparisons import COMPARISONS, points_of, variant_point, variants_of, ways_of
 from .page import flat_settings, read_records, render, view_page
 from .ranks import read_ranks
@@ -88,7 +88,7 @@ def moved(exp:Experiment,
     return found or ([] if key == run['key'] else [f'key {run["key"]} in the ranks, {key} now'])
 
 # %% ../../nbs/appendix/check.ipynb #8c404888
-_SHOWN = {'claims': 'all_claims comparisons power variants ways choices sizes'}
+_SHOWN = {'claims': 'all_claims comparisons power variants ways encoders choices sizes'}
 
 def made_anew(number, # of the table, or 'claims'
               asked:dict, # from the record of the table
@@ -107,7 +107,7 @@ def made_anew(number, # of the table, or 'claims'
 # %% ../../nbs/appendix/check.ipynb #3179cbfa
 _LABELS = dict(table1=['system', 'audio_encoder', 'chm'], table2=['audio_encoder', 'stage'],
                table3=['audio_encoder', 'batch_size'], power=['Claim', 'Comparison', 'Direction'],
-               sizes=['claim', 'comparison', 'clips'])
+               sizes=['claim', 'comparison', 'clips'], encoders=['encoder', 'training', 'seed'])
 _FREE = {'ranks_only': 'where a run was trained'}
 
 def _read(path): # cells as texts; a table without rows and columns is a file of one line
@@ -167,7 +167,9 @@ def _comparisons(report, name): # of an effect table: {label: specs}
     if name[-1] in '123': # the tests of one table
         return {f'{c} {what}': [spec_of(exp, r, s) for r in pair for s in seeds]
                 for c, what, *pair in TABLE_COMPARISONS[int(name[-1])]()}
-    points = {f'{c.claim} {c.what}': points_of([c]) for c in [*COMPARISONS, *ways_of(), *choices(), *size_ways()]}
+    every = [*COMPARISONS, *ways_of(), *choices(), *size_ways()]
+    points = {f'{c.claim} {c.what}': points_of([c]) for c in every}
+    points |= {' '.join(names): [p] for names, p in encoder_points().items()}
     points |= {f'stage 3 {n}': [variant_point(n), variant_point('')] for n in variants_of(exp)}
     return {label: [p.spec(exp, s) for p in ps for s in seeds] for label, ps in points.items()}
 

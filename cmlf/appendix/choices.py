@@ -10,7 +10,7 @@ __all__ = ['CHOICES', 'SIZES', 'choices', 'sized', 'sizes_of', 'sized_runs', 'si
 import pandas as pd
 
 from .comparisons import COMPARISONS, WAYS, Comparison, Point, effects_of
-from .comparisons import fits, may_run, points_of, sources_of, specs_of
+from .comparisons import fits, may_run, points_of, scores_of, sources_of, specs_of
 from .comparisons import variant_point, variants_of, ways_of, with_verdicts
 from ..experiments import Experiment
 from ..runs import is_known
@@ -88,7 +88,10 @@ def test_sizes(exp:Experiment, seeds:int) -> pd.DataFrame:
     "Ways to train against each other, by number of training clips; p-values are corrected together."
     sources, frames = sources_of(exp), [pd.DataFrame()]
     for n in sizes_of(exp):
-        found = effects_of(sized(exp, n), seeds, size_ways(), sources)
+        other = sized(exp, n)
+        joint = scores_of(other, Point('baseline'), seeds)[:, 2]
+        found = effects_of(other, seeds, size_ways(), sources)
+        if len(joint): found = found.assign(joint=joint.mean())
         frames.append(found.assign(clips=n)[found.seeds > 0])
     found = pd.concat(frames, ignore_index=True)
     return with_verdicts(found) if len(found) else found

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AUDIO', 'BUDGETS', 'MODELS', 'ENCODERS', 'COMPARISONS', 'CONTROL', 'VARIANTS', 'WAYS', 'SCORES', 'Point',
            'Comparison', 'paper_gap', 'variant_point', 'fits', 'variants_of', 'ways_of', 'specs_of', 'points_of',
-           'may_run', 'results', 'sources_of', 'measured', 'effects_of', 'test_comparisons', 'with_verdicts', 'decided',
-           'oscillation', 'joint_oscillation']
+           'may_run', 'results', 'sources_of', 'scores_of', 'measured', 'effects_of', 'test_comparisons',
+           'with_verdicts', 'decided', 'oscillation', 'joint_oscillation']
 
 # %% ../../nbs/appendix/comparisons.ipynb #2714137f
 import contextlib, itertools, json
@@ -204,6 +204,15 @@ def _ranks(folder, p): # a `Retrieval`
     run = (RankRun if folder.is_file() else Run)(folder)
     return run.retrieval(p.stage, last=p.last)
 
+def scores_of(exp:Experiment, p:Point, seeds:int) -> np.ndarray:
+    "(S, 3) T2A R@1, A2T R@1 and mean recall of a score, for the seeds whose runs are known."
+    rows = []
+    for seed in range(seeds):
+        with contextlib.suppress(NotRun):
+            r = _ranks(results(exp, p, seed).folder, p)
+            rows.append((r.t2a['R@1'], r.a2t['R@1'], r.score))
+    return np.array(rows).reshape(-1, 3)
+
 def measured(exp:Experiment, pairs, # of (Point, Point)
              seeds:int,
              k:int|None=None, direction:str|None=None, # as in `differences`
@@ -261,19 +270,22 @@ def _judge(signs): # of both directions
 # %% ../../nbs/appendix/comparisons.ipynb #6f75f269
 def decided(frame:pd.DataFrame, # from `test_comparisons`
            ) -> pd.DataFrame:
-    "One line per claim: the comparison that speaks for it least."
-    order = {'contradicted': 0, 'not run': 1, 'cannot tell': 2, 'supported': 3}
+    "One line per claim: of its comparisons that were run, the one that speaks for it least."
+    order = {'contradicted': 0, 'cannot tell': 1, 'supported': 2, 'not run': 3}
     main = frame[frame.decides].assign(o=lambda f: f.verdict.map(order))
     by = ['claim', 'o'] + ['mean'] * ('mean' in main)
-    return main.sort_values(by).groupby('claim', sort=False).head(1).drop(columns='o')
+    found = main.sort_values(by).groupby('claim', sort=False).head(1).drop(columns='o')
+    run, of = ((frame.decides & keep).groupby(frame.claim).sum().reindex(found.claim).to_numpy()
+               for keep in (frame.verdict != 'not run', True))
+    return found.assign(run=run, of=of)
 
 # %% ../../nbs/appendix/comparisons.ipynb #e08bcf2d
 def oscillation(scores # validation scores of the epochs, from epoch 0
                ) -> float:
-    "Falls between epochs of the first half, relative to the rise over it."
+    "Falls between epochs of the first half, relative to the range of the scores in it."
     half = np.asarray(scores, float)[:len(scores) // 2 + 1]
-    falls = np.clip(-np.diff(half), 0, None).sum()
-    return float(falls / max(half.max() - half[0], 1e-9))
+    falls, extent = np.clip(-np.diff(half), 0, None).sum(), np.ptp(half)
+    return float(falls / extent) if extent else 0.
 
 def joint_oscillation(exp:Experiment, seeds:int) -> pd.DataFrame:
     "The measure for each known seed: joint training, and the stage that trains both encoders."
