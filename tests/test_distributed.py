@@ -174,7 +174,7 @@ def manifest(tmp_path_factory):
 
 def train(manifest, out, *more):
     settings = [f'{k}={str(v).lower()}' for k, v in PLAIN.items()]
-    return ['train', '--data', str(manifest), '--out', str(out), '--profile', 'smoke', *more, *(w for s in settings for w in ('--set', s))]
+    return ['train', '--data', str(manifest), '--out', str(out), '--profile', 'smoke', '--system', '3cmlf', *more, *(w for s in settings for w in ('--set', s))]
 
 def test_accelerate_launch_trains_one_run(manifest, tmp_path, monkeypatch):
     done = launch(*train(manifest, tmp_path/'two', '--json'))

@@ -26,7 +26,7 @@ def test_changed_code_has_a_new_version_or_a_reason(name):
 def test_every_module_that_results_depend_on_has_a_version():
     "Except modules that only show results: tables, report, command."
     modules = {p.relative_to(pinned.ROOT/'cmlf').with_suffix('').as_posix() for p in (pinned.ROOT/'cmlf').rglob('*.py')}
-    shown = {'tables', 'report', 'cli', 'appendix/figures', 'appendix/page', 'appendix/executors', 'appendix/ranks', 'appendix/effects', 'appendix/choices',
+    shown = {'tables', 'report', 'cli', 'appendix/figures', 'appendix/page', 'appendix/executors', 'appendix/ranks', 'appendix/effects', 'appendix/choices', 'appendix/norm',
              'appendix/comparisons', 'appendix/claims_page', 'appendix/geometry',
              'appendix/gap', 'appendix/demo_models', 'appendix/encoding', 'appendix/hub', 'appendix/evaluation', 'appendix/small', 'search', 'appendix/sound_store', 'appendix/nearest', 'appendix/web',
              'appendix/card', 'appendix/sentence', 'appendix/bad_input', 'appendix/bad_models', 'appendix/notebook_runs', 'appendix/check', 'appendix/reproduced', '__init__', '_modidx', 'appendix/__init__'}

@@ -7,7 +7,7 @@ import pytest
 from cmlf.appendix import reproduced
 from cmlf.appendix.reproduced import (EXPECT, FORM, PARTS, READ, Part, answer_part, commit_of, compared, fill, is_answered, read_form,
                                       render_form, tolerance)
-from cmlf.core import CmlfError
+from cmlf.core import CmlfError, read_json
 from command import ROOT
 
 MINI = ROOT/'reports'/'mini'
@@ -146,3 +146,7 @@ def test_make_calls_the_tool(monkeypatch, capsys):
     assert runpy.run_path(str(ROOT/'tools'/'reproduced.py'))['main']() == 2
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1 and "'large'" in error
+
+def test_the_claims_are_asked_with_the_seeds_of_the_report():
+    command = next(p.command for p in PARTS if p.name == 'claims')
+    assert f"--seeds {read_json(MINI/'claims.json')['asked']['seeds']} " in command
