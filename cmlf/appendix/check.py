@@ -359,8 +359,7 @@ def check_report(out, # folder of a report
             else: _compare(check, out, anew, report, record)
         _check_rest(check, out, records, {p.name for p in Path(tmp).rglob('*.csv')})
         check.files = len(list(good.iterdir()))
-    named = {ranks_name(run) 
-             for n, r in records.items() for _, run in _runs_of(r, exps[n])}
+    named = {ranks_name(run) for n, r in records.items() for _, run in _runs_of(r, exps[n])}
     check.spare = len({p.name for p in ranks.glob('*.npz')} - named)
     check.wrong += provenance_faults(out, records)
     return check

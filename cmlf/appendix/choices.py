@@ -7,6 +7,8 @@ __all__ = ['CHOICES', 'SIZES', 'choices', 'sized', 'sizes_of', 'sized_runs', 'si
            'claims_needed']
 
 # %% ../../nbs/appendix/choices.ipynb #3db0b184
+from functools import lru_cache
+
 import pandas as pd
 
 from .comparisons import COMPARISONS, WAYS, Comparison, Point, effects_of
@@ -52,6 +54,7 @@ def choices() -> list:
 # %% ../../nbs/appendix/choices.ipynb #30dff473
 SIZES = 600, 3200, 6400 # training scenes, besides those of the profile
 
+@lru_cache(8) # its corpus is composed once
 def sized(exp:Experiment, n:int) -> Experiment:
     "The experiment with n training scenes and the same test scenes. It trains nothing."
     profile = exp.profile.replace(n_train=n)

@@ -127,17 +127,19 @@ def test_variants(exp:Experiment, seeds:int, audio:str='scratch') -> pd.DataFram
              for name in variants_of(exp)]
     return test_comparisons(exp, seeds, every)
 
+def _effects(found): # columns for reading
+    columns = {name: [effect_text(r, d) for _, r in found.iterrows()]
+               for d, name in dict(t2a='T2A R@1', a2t='A2T R@1', mean='Mean recall').items()}
+    words = dict(supported='better', contradicted='worse')
+    return columns | {'Seeds': [f'{s:.0f}' for s in found.seeds],
+                      'Verdict': found.verdict.replace(words)}
+
 def pretty_variants(frame:pd.DataFrame # from `test_variants`
                    ) -> pd.DataFrame:
     "The variants for reading, the best first; without those that were not run."
     if 'mean' not in frame: return pd.DataFrame(columns=['Stage 3'])
     found = frame[frame['mean'].notna()].sort_values('mean', ascending=False)
-    words = dict(supported='better', contradicted='worse')
-    return pd.DataFrame({
-        'Stage 3': found.comparison, 'T2A R@1': [effect_text(r, 't2a') for _, r in found.iterrows()],
-        'A2T R@1': [effect_text(r, 'a2t') for _, r in found.iterrows()],
-        'Mean recall': [effect_text(r, 'mean') for _, r in found.iterrows()],
-        'Seeds': [f'{s:.0f}' for s in found.seeds], 'Verdict': found.verdict.replace(words)})
+    return pd.DataFrame({'Stage 3': found.comparison, **_effects(found)})
 
 # %% ../../nbs/appendix/claims_page.ipynb #c016bf25
 def encoder_points() -> dict:
@@ -167,22 +169,17 @@ def pretty_choices(frame:pd.DataFrame, # from `test_choices`
                   ) -> pd.DataFrame:
     "The choices for reading, in the order of the list; without those that were not run."
     found = frame[frame.seeds > 0]
-    columns = {name: [effect_text(r, d) for _, r in found.iterrows()]
-               for d, name in dict(t2a='T2A R@1', a2t='A2T R@1', mean='Mean recall').items()}
-    words = dict(supported='better', contradicted='worse')
-    return pd.DataFrame({'Choice': found.claim.str[-1], 'Changed': found.comparison, **columns,
-                         'Seeds': [f'{s:.0f}' for s in found.seeds],
-                         'Verdict': found.verdict.replace(words)})
+    return pd.DataFrame({'Choice': found.claim.str[-1], 'Changed': found.comparison,
+                         **_effects(found)})
 
 # %% ../../nbs/appendix/claims_page.ipynb #348ce7cc
 def pretty_sizes(frame:pd.DataFrame, # from `test_sizes`
                 ) -> pd.DataFrame:
     "The comparisons for reading, by size."
     if not len(frame): return pd.DataFrame(columns=['Training clips'])
-    shown = pretty_choices(frame.assign(claim='')).drop(columns='Choice')
-    shown.insert(0, 'Training clips', [f'{n:,}' for n in frame.clips])
-    shown.insert(1, 'Joint training, mean recall', [f'{x:.1f}' for x in frame.joint])
-    return shown.rename(columns={'Changed': 'Training'})
+    return pd.DataFrame({'Training clips': [f'{n:,}' for n in frame.clips],
+                         'Joint training, mean recall': [f'{x:.1f}' for x in frame.joint],
+                         'Training': frame.comparison, **_effects(frame)})
 
 def size_figure(frame:pd.DataFrame): # from `test_sizes`
     "Effects in mean recall over the number of training clips, with intervals."
@@ -193,8 +190,8 @@ def size_figure(frame:pd.DataFrame): # from `test_sizes`
         ax.errorbar(x, part['mean'], yerr=[part['mean'] - part.mean_low, part.mean_high - part['mean']],
                     fmt='o-', ms=4, lw=1.2, label=name)
     ax.axhline(0, color='gray', lw=.8)
-    ax.set_xscale('log'); ax.set_xticks(sorted(set(frame.clips)), [f'{n:,}' for n in sorted(set(frame.clips))])
-    ax.minorticks_off()
+    sizes = sorted(set(frame.clips))
+    ax.set_xscale('log'); ax.set_xticks(sizes, [f'{n:,}' for n in sizes]); ax.minorticks_off()
     ax.set_xlabel('training clips'); ax.set_ylabel('effect, points of mean recall')
     fig.legend(loc='outside right upper', fontsize=8)
     return fig

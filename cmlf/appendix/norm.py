@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from .geometry import shape
 from ..loss import get_loss
 from ..mining import mine
 from ..training import PairedSplit, ancillary_vectors
@@ -29,7 +30,7 @@ def norm_mode(model, # a `DualEncoder`
     try:
         for m in norms:
             m.train(batch)
-            if batch: m.track_running_stats = False
+            m.track_running_stats = not batch
         yield model
     finally:
         for m, track in zip(norms, kept): m.track_running_stats = track
@@ -40,10 +41,6 @@ def _embeddings(model, pairs, batch, captions): # with gradients
     tokens = pairs.tokens[torch.as_tensor(captions)]
     audio = model.embed_audio(torch.as_tensor(pairs.store[batch]))
     return normalize(audio, dim=1), normalize(model.embed_text(tokens), dim=1)
-
-def _cone(x):
-    s = x @ x.T
-    return ((s.sum() - s.trace()) / (len(s) * (len(s) - 1))).item()
 
 def _gradients(model, loss): # norms, by encoder
     found = {}
@@ -66,9 +63,9 @@ def in_batch(model, # a `DualEncoder`
             a, t = _embeddings(model, pairs, batch, captions)
             loss = get_loss('nt_xent', tau=tau)(a, t)
             found = _gradients(model, loss)
-        seen[name] = a.detach()
-        first = (t @ a.T).argmax(1) == torch.arange(len(a))
-        lines.append(dict(statistics=name, gap=0., cone=_cone(seen[name]), loss=loss.item(),
+        seen[name], own = a.detach(), torch.arange(len(a))
+        first, cone = (t @ a.T).argmax(1) == own, shape(seen[name], t.detach(), own)['audio_cone']
+        lines.append(dict(statistics=name, gap=0., cone=cone, loss=loss.item(),
                           right_first=100 * float(first.float().mean())) | found)
     lines[1]['gap'] = 1 - float((seen['averages'] * seen['batch']).sum(1).mean())
     return lines
@@ -82,8 +79,7 @@ def norm_table(model, pairs:PairedSplit, size:int=32, # of a batch
                seed:int=0) -> pd.DataFrame: # means over batches
     "What BatchNorm does in batches of each kind, mined from the model's own embeddings."
     vectors, lines = ancillary_vectors(model, pairs), []
-    order = np.argsort(pairs.owner, kind='stable')
-    first = order[np.searchsorted(pairs.owner[order], np.arange(len(pairs)))] # a caption per clip
+    first = np.unique(pairs.owner, return_index=True)[1] # a caption per clip
     for name, (kind, how) in BATCHES.items():
         for batch in mine(vectors, size, kind, seed=seed, groups=pairs.groups, **how).batches[:most]:
             lines += [dict(batches=name) | line for line in in_batch(model, pairs, batch, first[batch])]
