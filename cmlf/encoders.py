@@ -26,6 +26,7 @@ from .appendix.hub import Travels
 from .appendix.models import CLAP_FILES, ClapAudio, clap_heads, clap_text, load_clap
 from .appendix.models import load_clap_audio, new_clap_audio, save_clap_audio
 from .appendix.packing import last_states
+from .appendix.norm_layers import set_norm
 from .appendix.panns import Cnn14, ConvBlock, check_image, panns_conv, spec_augment
 from .appendix.small import read_weights
 from .config import Profile, clap_name
@@ -66,10 +67,11 @@ class ResNet38(nn.Module):
                  dropout:float=0.2, # outside the residual blocks
                  block_dropout:float=0.2, # inside them
                  spec_augment:bool=False, # whether to use it in training
-                 time_stripe:int|None=None): # as in `spec_augment`
+                 time_stripe:int|None=None, # as in `spec_augment`
+                 norm:str='batch'): # or 'group'
         super().__init__()
         if width < 1: raise CmlfError(f'width={width}: should be at least 1 channel')
-        self.width, self.n_out, self.dropout = width, 32 * width, dropout
+        self.width, self.n_out, self.dropout, self.norm = width, 32 * width, dropout, norm
         self.block_dropout = block_dropout
         self.spec_augment, self.time_stripe = spec_augment, time_stripe
         self.bn0 = nn.BatchNorm1d(N_MELS)
@@ -83,6 +85,7 @@ class ResNet38(nn.Module):
             self.resnet.add_module(f'layer{i + 1}', layer)
             n_in = n
         self.conv_block_after1 = ConvBlock(n_in, 32 * width)
+        set_norm(self, norm)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x:torch.Tensor) -> torch.Tensor:
@@ -218,8 +221,9 @@ class ProjectionHead(nn.Sequential):
 def audio_encoder(p:Profile) -> nn.Module:
     "The audio encoder of a profile, with new weights; that of a published CLAP has its weights."
     a = p.audio
-    if a.encoder == 'resnet38': return ResNet38(a.width, a.dropout, a.block_dropout, a.spec_augment)
-    if a.encoder == 'cnn14': return Cnn14(a.width, a.dropout, a.spec_augment)
+    if a.encoder == 'resnet38':
+        return ResNet38(a.width, a.dropout, a.block_dropout, a.spec_augment, norm=a.norm)
+    if a.encoder == 'cnn14': return Cnn14(a.width, a.dropout, a.spec_augment, norm=a.norm)
     if clap := clap_name(a.encoder):
         model, _, extractor = load_clap(clap, a.dropout)
         return ClapAudio(model.audio_model, extractor)
@@ -371,7 +375,7 @@ def load(cls:TextEncoder, folder) -> TextEncoder:
 # %% ../nbs/08_encoders.ipynb #3825ad6c
 _KINDS = dict(resnet38=ResNet38, cnn14=Cnn14, clap=ClapAudio)
 _RESNET = dict(width=int, dropout=float|int, block_dropout=float|int, spec_augment=bool,
-               time_stripe=int|None)
+               time_stripe=int|None, norm=str)
 _AUDIO_SETTINGS = dict(resnet38=_RESNET, clap={}, # CLAP's are in its config
                        cnn14={k: v for k, v in _RESNET.items() if k != 'block_dropout'})
 
@@ -440,6 +444,7 @@ def load(cls:DualEncoder, folder) -> DualEncoder:
     found = read_settings(path, dict(kind='resnet38'), audio=dict, joint_dim=int, head_hidden=int,
                           files=dict, kind=str)
     kind = one_of(found['kind'], _KINDS, f'kind in {path}:')
+    if kind != 'clap': found['audio'] = dict(norm='batch') | found['audio'] # not in older files
     check_settings(path, found['audio'], _AUDIO_SETTINGS[kind])
     check_files(folder, found['files'])
     entries = read_weights(folder)

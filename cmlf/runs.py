@@ -247,7 +247,7 @@ def spec(self:RunStore, system:str, audio:str='', chm:bool=False,
     return RunSpec(system, audio, chm, size, seed, loss, changes)
 
 # settings that change the shapes of weights
-_SHAPES = 'encoder', 'width', 'text_model', 'text_layers', 'head_hidden', 'joint_dim'
+_SHAPES = 'encoder', 'width', 'norm', 'text_model', 'text_layers', 'head_hidden', 'joint_dim'
 
 def _inherited(spec, names): # the changes that a parent needs, so that its weights fit
     return ' '.join(t for t in spec.changes.split() if locate(t.partition('=')[0])[1] in names)
@@ -258,7 +258,7 @@ def parents(self:RunStore, spec:RunSpec) -> list:
     if spec.kind == 'ce': return [self.spec('experts', seed=spec.seed)]
     p = run_profile(self.profile, spec)
     new = spec.audio == 'pretrained' and not (p.tagger.panns or clap_name(p.audio.encoder))
-    changes = _inherited(spec, ('encoder', 'width'))
+    changes = _inherited(spec, ('encoder', 'width', 'norm'))
     tagger = [self.spec('tagger', seed=spec.seed, changes=changes)] if new else []
     # the paper does not say which baseline gives the vectors: ours has the same initial weights
     others = spec.chm and p.batches.vectors_from == 'baseline'

@@ -19,7 +19,7 @@ PARTS = {   # name in RUN_VERSION -> {module: None, or names of the definitions 
     'batches': {'batches': None},
     'mining': {'mining': None, 'appendix/mixtures': None, 'appendix/neighbours': None, 'appendix/batch_search': None, 'appendix/bounds': None},
     'encoders': {'encoders': None, 'appendix/bert': None, 'appendix/checkpoints': None, 'appendix/dropout': None,
-                 'appendix/narrow': None, 'appendix/packing': None, 'appendix/panns': None, 'appendix/models': None},
+                 'appendix/narrow': None, 'appendix/packing': None, 'appendix/panns': None, 'appendix/models': None, 'appendix/norm_layers': None},
     'loss': {'loss': None}, 'metrics': {'metrics': None, 'appendix/cosines': None}, 
     'training': {'training': None, 'appendix/linear': None, 'appendix/loading': None, 'appendix/distributed': None, 'appendix/resume': None},
     'baselines': {'baselines': None, 'appendix/experts': None},

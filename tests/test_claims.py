@@ -174,6 +174,14 @@ def test_numbers_of_training_clips_are_compared_from_runs_of_other_experiments(e
     assert list(read_json(tmp_path/'report'/'claims.json')['sized']) == ['32']
     assert not list((tmp_path/'runs').rglob('run.json'))
 
+def test_hard_and_random_batches_are_compared_by_normalisation(exp, tmp_path):
+    two = [c for c in choices_page.normalisations() if c.what in ('averages over batches', 'GroupNorm') and c.claim == 'full rate']
+    exp.train_all(specs_of(exp, points_of(two), 1))
+    report = ClaimsReport('smoke', '', 1, '', tmp_path/'runs', '', tmp_path/'report', 'nothing', exp.keep)
+    assert {'averages over batches', 'GroupNorm'} <= set(report.show_norms().Normalisation)
+    frame = pd.read_csv(tmp_path/'report'/'norms.csv')
+    assert frame[frame.comparison == 'GroupNorm'].seeds.tolist() == [1, 0]
+
 def test_choices_are_trained_only_if_they_are_named(exp):
     named = lambda only: [s.name for s in claims_needed(Experiment(exp.profile, exp.runs, only=only), 1) if 'remine' in s.name]
     assert not named('') and len(named('*remine=false*')) == 1

@@ -562,6 +562,51 @@ def test_a_run_can_be_evaluated_without_the_vectors_it_was_mined_from(manifest, 
     assert evaluate_on(run, manifest)['coverage']['coverage'] == '2 of 2 clips'
 
 
+# --- normalisation that does not depend on the batch
+
+@pytest.fixture(params=['resnet38', 'cnn14'])
+def grouped(request): return new(request.param, norm='group')
+
+def test_clips_of_an_encoder_with_group_norm_do_not_depend_on_each_other(grouped):
+    store = split(grouped).store
+    with torch.no_grad(): grouped.train().audio(store)
+    grouped.eval()
+    assert torch.allclose(grouped.audio(store)[3:5], grouped.audio(store[3:5]), atol=1e-5)
+    assert not [n for n, m in grouped.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
+
+def test_a_saved_model_keeps_its_norm_and_older_files_have_batch_norm(grouped, tmp_path):
+    grouped.save(tmp_path/'m')
+    found = DualEncoder.load(tmp_path/'m')
+    assert found.audio.norm == 'group' and all(map(torch.equal, embed(found, split(found)), embed(grouped, split(grouped))))
+    new('resnet38').save(tmp_path/'old')
+    settings = read_json(tmp_path/'old'/'encoders.json')
+    del settings['audio']['norm']
+    write_json(tmp_path/'old'/'encoders.json', settings)
+    assert DualEncoder.load(tmp_path/'old').audio.norm == 'batch'
+
+def test_weights_of_panns_belong_to_batch_norm(tmp_path):
+    torch.save(dict(model=cnn14_entries(2)), tmp_path/'cnn14.pth')
+    with pytest.raises(CmlfError, match='set norm=batch'): Cnn14(2, norm='group').load_panns(tmp_path/'cnn14.pth')
+
+@pytest.mark.parametrize('norm', ['eval', 'moving', 'train'])
+def test_the_last_stage_normalises_as_its_setting_says(norm):
+    profile = tiny('resnet38', last_norm=norm, keep_start=False)
+    model, seen = new('resnet38'), []
+    pairs = split(model, 8)
+    bn = model.audio.conv_block1.bn1
+    class Watched(Trainer):
+        def loss_of(self, batch):
+            before = bn.running_mean.clone()
+            loss = super().loss_of(batch)
+            seen.append((self.stage, type(bn).__name__, bn.training, torch.equal(before, bn.running_mean)))
+            return loss
+    stages = [Stage('random', 'both', 1), Stage('random', 'text', 1), Stage('random', 'both', 1, last=True)]
+    Watched(model, pairs, pairs, profile, stages, log=lambda _: None).fit()
+    last = dict(eval=('BatchNorm2d', False, True), moving=('MovingNorm', True, False), train=('BatchNorm2d', True, False))[norm]
+    assert {s[1:] for s in seen if s[0] == 0} == {('BatchNorm2d', True, False)} and {s[1:] for s in seen if s[0] == 2} == {last}
+    assert type(bn) is torch.nn.BatchNorm2d # as it was
+
+
 # --- the claim
 
 def test_other_models_are_trained_on_request_only(tmp_path):

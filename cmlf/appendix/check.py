@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .choices import choices, size_ways, sized
+from .choices import choices, normalisations, size_ways, sized
 from .claims_page import ClaimsReport, encoder_points
 from .comparisons import COMPARISONS, points_of, variant_point, variants_of, ways_of
 from .page import flat_settings, read_records, render, view_page
@@ -88,7 +88,7 @@ def moved(exp:Experiment,
     return found or ([] if key == run['key'] else [f'key {run["key"]} in the ranks, {key} now'])
 
 # %% ../../nbs/appendix/check.ipynb #8c404888
-_SHOWN = {'claims': 'all_claims comparisons power variants ways encoders choices sizes'}
+_SHOWN = {'claims': 'all_claims comparisons power variants ways encoders choices norms sizes'}
 
 def made_anew(number, # of the table, or 'claims'
               asked:dict, # from the record of the table
@@ -167,7 +167,7 @@ def _comparisons(report, name): # of an effect table: {label: specs}
     if name[-1] in '123': # the tests of one table
         return {f'{c} {what}': [spec_of(exp, r, s) for r in pair for s in seeds]
                 for c, what, *pair in TABLE_COMPARISONS[int(name[-1])]()}
-    every = [*COMPARISONS, *ways_of(), *choices(), *size_ways()]
+    every = [*COMPARISONS, *ways_of(), *choices(), *normalisations(), *size_ways()]
     points = {f'{c.claim} {c.what}': points_of([c]) for c in every}
     points |= {' '.join(names): [p] for names, p in encoder_points().items()}
     points |= {f'stage 3 {n}': [variant_point(n), variant_point('')] for n in variants_of(exp)}

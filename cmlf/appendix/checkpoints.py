@@ -87,7 +87,7 @@ def mismatch(found:dict, # arrays by name
     return '; '.join(f'{what}: {listed(names)}' for what, names in wrong.items() if names)
 
 # %% ../../nbs/appendix/checkpoints.ipynb #0e2192bc
-_FIRST = 'conv_block1.conv1.weight'
+_FIRST, _NORM = 'conv_block1.conv1.weight', 'conv_block1.bn1.'
 
 def panns_weights(path, # a PANNs file, or its .safetensors copy
                   wanted:dict, # state_dict of the encoder that takes the weights
@@ -95,6 +95,8 @@ def panns_weights(path, # a PANNs file, or its .safetensors copy
                  ) -> dict:
     "The arrays that `wanted` names, from a PANNs file; `CmlfError` says what does not fit."
     found, front, file = read_panns(path, network), panns_front_end(), PANNS_FILES[network]
+    if _NORM + 'weight' in wanted and _NORM + 'running_mean' not in wanted:
+        raise CmlfError(f'{path}: the weights belong to BatchNorm; set norm=batch')
     if wrong := mismatch(found, wanted | front):
         width, mine = len(found.get(_FIRST, wanted[_FIRST])), len(wanted[_FIRST])
         fix = f'give {file}' if width == mine else f'set width={width}'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['effect_text', 'pretty_effects', 'oscillation_line', 'forest_figure', 'power_table', 'clips_for', 'pretty_power',
            'test_variants', 'pretty_variants', 'encoder_points', 'encoder_table', 'pretty_encoders', 'pretty_choices',
-           'pretty_sizes', 'size_figure', 'ClaimsReport']
+           'pretty_normalisations', 'pretty_sizes', 'size_figure', 'ClaimsReport']
 
 # %% ../../nbs/appendix/claims_page.ipynb #5b11514d
 import numpy as np
@@ -16,7 +16,7 @@ from scipy import stats
 from .comparisons import (
     MODELS, SCORES, Comparison, Point, decided, joint_oscillation, scores_of, test_comparisons,
     variant_point, variants_of, ways_of)
-from .choices import test_choices, test_sizes
+from .choices import test_choices, test_normalisations, test_sizes
 from .effects import detectable, seeds_for
 from .geometry import geometry
 from ..core import write_text
@@ -172,6 +172,13 @@ def pretty_choices(frame:pd.DataFrame, # from `test_choices`
     return pd.DataFrame({'Choice': found.claim.str[-1], 'Changed': found.comparison,
                          **_effects(found)})
 
+# %% ../../nbs/appendix/claims_page.ipynb #99428336
+def pretty_normalisations(frame:pd.DataFrame, # from `test_normalisations`
+                         ) -> pd.DataFrame:
+    "Hard over random batches by normalisation, for reading; without those that were not run."
+    found = frame[frame.seeds > 0]
+    return pd.DataFrame({'Stage 3': found.claim, 'Normalisation': found.comparison, **_effects(found)})
+
 # %% ../../nbs/appendix/claims_page.ipynb #348ce7cc
 def pretty_sizes(frame:pd.DataFrame, # from `test_sizes`
                 ) -> pd.DataFrame:
@@ -297,6 +304,19 @@ def show_choices(self:ClaimsReport) -> pd.DataFrame:
     return self.put('choices', 'Choices that the paper leaves open', frame, pretty_choices(frame), [
         'One setting changed, against the same run without the change; choices are trained only if '
         '--only names them.'])
+
+@patch
+def show_norms(self:ClaimsReport) -> pd.DataFrame:
+    "Hard against random batches in stage 3, by normalisation, written as `norms`."
+    frame = test_normalisations(self.exp, self.seeds)
+    found = frame[frame.seeds > 0]
+    if len(found):
+        names = found.comparison + ', ' + found.claim
+        self.figure(forest_figure(found, names, 'hard against random batches, points of R@1'), 'norms',
+                    'Hard against random batches in stage 3, by normalisation of the audio encoder.')
+    return self.put('norms', 'Hard batches and normalisation', frame, pretty_normalisations(frame), [
+        'After the last epoch of stage 3, hard against random batches with the same normalisation and the '
+        'same rate, from the same model after stage 2. Trained only if --only names them.'])
 
 @patch
 def show_sizes(self:ClaimsReport) -> pd.DataFrame:

@@ -130,22 +130,29 @@ def average_gradients(weights): # parameters
     for g, part in zip(gradients, parts): g.copy_(part.view_as(g))
 
 # %% ../../nbs/appendix/distributed.ipynb #f30a0b01
+def _precise(x): return x if x.dtype == torch.float64 else x.float()
+
 class ReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
     "BatchNorm with statistics of the whole batch, in all processes."
     def _check_input_dim(self, x): pass
 
-    def forward(self, x:torch.Tensor) -> torch.Tensor: # (B / W, channels, ...)
-        if not self.training or processes() == 1: return super().forward(x)
-        h = x if x.dtype == torch.float64 else x.float()
+    def statistics(self, x:torch.Tensor) -> tuple: # mean and variance (channels,), and of how many
+        "Those of the whole batch, with gradients."
         axes = [i for i in range(x.ndim) if i != 1]
-        variance, mean = torch.var_mean(h, axes, correction=0)
+        variance, mean = torch.var_mean(_precise(x), axes, correction=0)
         means, variances = gather(torch.stack([mean, variance])[None]).unbind(1)
         mean = means.mean(0)
         variance = (variances + (means - mean)**2).mean(0)
-        self._update(mean.detach(), variance.detach(), x.numel() // x.shape[1] * processes())
+        return mean, variance, x.numel() // x.shape[1] * processes()
+
+    def forward(self, x:torch.Tensor) -> torch.Tensor: # (B / W, channels, ...)
+        if not self.training or processes() == 1: return super().forward(x)
+        mean, variance, n = self.statistics(x)
+        self._update(mean.detach(), variance.detach(), n)
         scale = self.weight * (variance + self.eps).rsqrt()
         wide = [1, -1] + [1] * (x.ndim - 2)
-        return torch.addcmul((self.bias - mean * scale).view(wide), h, scale.view(wide)).to(x.dtype)
+        shift = (self.bias - mean * scale).view(wide)
+        return torch.addcmul(shift, _precise(x), scale.view(wide)).to(x.dtype)
 
 # %% ../../nbs/appendix/distributed.ipynb #3a5dd6fc
 @patch

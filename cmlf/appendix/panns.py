@@ -13,6 +13,7 @@ from torch.nn import functional as nnf
 from .checkpoints import panns_weights
 from .dropout import dropout
 from .narrow import conv3x3
+from .norm_layers import set_norm
 from ..core import CmlfError
 from ..features import N_MELS
 
@@ -78,16 +79,18 @@ class Cnn14(nn.Module):
     def __init__(self, width:int=64, # channels of the first block; 64 is PANNs
                  dropout:float=0.2, # after each block
                  spec_augment:bool=False, # whether to use it in training
-                 time_stripe:int|None=None): # as in `spec_augment`
+                 time_stripe:int|None=None, # as in `spec_augment`
+                 norm:str='batch'): # or 'group'
         super().__init__()
         if width < 1: raise CmlfError(f'width={width}: should be at least 1 channel')
-        self.width, self.n_out, self.dropout = width, 32 * width, dropout
+        self.width, self.n_out, self.dropout, self.norm = width, 32 * width, dropout, norm
         self.spec_augment, self.time_stripe = spec_augment, time_stripe
         self.bn0 = nn.BatchNorm1d(N_MELS)
         n_in = 1
         for i in range(6):
             self.add_module(f'conv_block{i + 1}', ConvBlock(n_in, width * 2**i, pool=1 + (i < 5)))
             n_in = width * 2**i
+        set_norm(self, norm)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x:torch.Tensor) -> torch.Tensor:
