@@ -15,7 +15,7 @@ from ..config import GROUPS, Profile, pick
 from ..core import CmlfError
 from ..experiments import METRICS
 from ..metrics import interval
-from ..runs import Run
+from ..runs import Run, RunSpec, run_profile
 from ..tables import AUDIOCAPS, paper_row
 
 # %% ../../nbs/appendix/gap.ipynb #60089304
@@ -74,9 +74,12 @@ def _other_settings(m, p):
     flat = {k: v for g in GROUPS for k, v in p[g].items()}
     return [f'{k}={flat[k]}' for k in m['settings'] if k not in named and flat.get(k, default[k]) != default[k]]
 
+def _in_force(m): # the profile, with what the run itself changes
+    return run_profile(Profile().replace(**m['profile']), RunSpec(**m['spec'])).asdict()
+
 def checks(run:Run) -> list:
     "All checks of a run, the largest usual effect first."
-    m, p = run.metadata, run.metadata['profile']
+    m, p = run.metadata, _in_force(run.metadata)
     others = _other_settings(m, p)
     c, b = p['curriculum'], p['batches']
     return [*_clips(m), _weights(m, p),
