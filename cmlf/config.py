@@ -249,8 +249,9 @@ class CurriculumConfig(Settings):
     freeze_head:bool = False # whether the projection head of a frozen encoder is frozen too
     frozen_mode:str = setting('eval', choices=('eval', 'train')) # of a frozen encoder: dropout or not
     last_rate:float = setting(1., positive=True) # of both learning rates in the last of three stages
-    last_norm:str = setting('train', choices=('train', 'eval', 'moving')) # BatchNorm in that stage:
-    # statistics of the batch, as in the paper; those that the stage starts with; averages over batches
+    last_norm:str = setting('train', choices=('train', 'eval', 'moving', 'renorm')) # BatchNorm in that
+    # stage: statistics of the batch as in the paper; those of its start; averages over batches; these
+    # with BatchNorm's gradient
 
     def check(self):
         if len(self.stage_split) != 3 or min(self.stage_split) < 1:

@@ -21,7 +21,7 @@ from .appendix.distributed import (agree, average_gradients, check_batch_size, f
                                        gather, only_first, rank, share, share_of, spread)
 from .appendix.linear import fast_linear
 from .appendix.loading import ahead, for_device, take, to_device
-from .appendix.norm_layers import use_averages
+from .appendix.norm_layers import AVERAGES, use_averages
 from .appendix.packing import States, real_positions
 from .appendix.resume import Checkpoint, is_due, random_states, set_random_state
 from .config import Profile
@@ -369,7 +369,7 @@ def start_stage(self:Trainer):
     s, p, c, m = self.stages[self.stage], self.profile.optimiser, self.profile.curriculum, self.model
     still = s.trainable == 'both' or c.frozen_mode == 'eval' # then outputs can be cached
     m.train_only(s.trainable, c.freeze_head, still, s.last and c.last_norm == 'eval')
-    if s.last and c.last_norm == 'moving': use_averages(m.audio)
+    if s.last and c.last_norm in AVERAGES: use_averages(m.audio, c.last_norm)
     view = partial(frozen_view, m, trainable=s.trainable if still else 'both', dev=self.dev)
     self.inputs = view(self.train, amp=p.amp)
     # scores are computed in float32
@@ -447,7 +447,7 @@ def epoch_zero(self:Trainer, seconds:float): # that the preparation of the stage
 def end_stage(self:Trainer):
     "Load the weights of the best epoch, and embed the test set with those and with the last ones."
     end = dict(self.best, stage=self.stage + 1, last_val=self.history[-1]['val'])
-    use_averages(self.model.audio, False)
+    use_averages(self.model.audio) # as it was
     weights = end.pop('weights')
     test = self.scored.get('test')
     if test and end['epoch'] != self.epoch:

@@ -588,7 +588,7 @@ def test_weights_of_panns_belong_to_batch_norm(tmp_path):
     torch.save(dict(model=cnn14_entries(2)), tmp_path/'cnn14.pth')
     with pytest.raises(CmlfError, match='set norm=batch'): Cnn14(2, norm='group').load_panns(tmp_path/'cnn14.pth')
 
-@pytest.mark.parametrize('norm', ['eval', 'moving', 'train'])
+@pytest.mark.parametrize('norm', ['eval', 'moving', 'renorm', 'train'])
 def test_the_last_stage_normalises_as_its_setting_says(norm):
     profile = tiny('resnet38', last_norm=norm, keep_start=False)
     model, seen = new('resnet38'), []
@@ -602,7 +602,7 @@ def test_the_last_stage_normalises_as_its_setting_says(norm):
             return loss
     stages = [Stage('random', 'both', 1), Stage('random', 'text', 1), Stage('random', 'both', 1, last=True)]
     Watched(model, pairs, pairs, profile, stages, log=lambda _: None).fit()
-    last = dict(eval=('BatchNorm2d', False, True), moving=('MovingNorm', True, False), train=('BatchNorm2d', True, False))[norm]
+    last = dict(eval=('BatchNorm2d', False, True), moving=('MovingNorm', True, False), renorm=('BatchRenorm', True, False), train=('BatchNorm2d', True, False))[norm]
     assert {s[1:] for s in seen if s[0] == 0} == {('BatchNorm2d', True, False)} and {s[1:] for s in seen if s[0] == 2} == {last}
     assert type(bn) is torch.nn.BatchNorm2d # as it was
 

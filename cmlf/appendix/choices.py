@@ -53,7 +53,7 @@ def choices() -> list:
 
 # %% ../../nbs/appendix/choices.ipynb #07f25cdb
 NORMALISATION = {'statistics of the batch': '', 'fixed statistics': 'last_norm=eval', 'averages over batches': 'last_norm=moving',
-                 'GroupNorm': 'norm=group', 'CLAP': 'encoder=clap'}
+                 'Batch Renormalization': 'last_norm=renorm', 'GroupNorm': 'norm=group', 'CLAP': 'encoder=clap'}
 
 def normalisations() -> list:
     "Hard over random batches in stage 3, for each normalisation and two learning rates."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['launched', 'processes', 'rank', 'from_first', 'only_first', 'agree', 'joined', 'let_first_report', 'share',
-           'check_batch_size', 'gather', 'average_gradients', 'ReducedBatchNorm', 'reduce_batch_norm', 'spread', 'Rows',
-           'share_of']
+           'check_batch_size', 'gather', 'average_gradients', 'precise', 'ReducedBatchNorm', 'reduce_batch_norm',
+           'spread', 'Rows', 'share_of']
 
 # %% ../../nbs/appendix/distributed.ipynb #21bc1f68
 import contextlib, os, time
@@ -130,7 +130,9 @@ def average_gradients(weights): # parameters
     for g, part in zip(gradients, parts): g.copy_(part.view_as(g))
 
 # %% ../../nbs/appendix/distributed.ipynb #f30a0b01
-def _precise(x): return x if x.dtype == torch.float64 else x.float()
+def precise(x:torch.Tensor) -> torch.Tensor:
+    "In float32, or float64 if it is that already."
+    return x if x.dtype == torch.float64 else x.float()
 
 class ReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
     "BatchNorm with statistics of the whole batch, in all processes."
@@ -139,7 +141,7 @@ class ReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def statistics(self, x:torch.Tensor) -> tuple: # mean and variance (channels,), and of how many
         "Those of the whole batch, with gradients."
         axes = [i for i in range(x.ndim) if i != 1]
-        variance, mean = torch.var_mean(_precise(x), axes, correction=0)
+        variance, mean = torch.var_mean(precise(x), axes, correction=0)
         means, variances = gather(torch.stack([mean, variance])[None]).unbind(1)
         mean = means.mean(0)
         variance = (variances + (means - mean)**2).mean(0)
@@ -152,7 +154,7 @@ class ReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
         scale = self.weight * (variance + self.eps).rsqrt()
         wide = [1, -1] + [1] * (x.ndim - 2)
         shift = (self.bias - mean * scale).view(wide)
-        return torch.addcmul(shift, _precise(x), scale.view(wide)).to(x.dtype)
+        return torch.addcmul(shift, precise(x), scale.view(wide)).to(x.dtype)
 
 # %% ../../nbs/appendix/distributed.ipynb #3a5dd6fc
 @patch
