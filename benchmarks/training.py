@@ -11,7 +11,7 @@ differ by more than 1e-4 in float32, or by 1e-6 in float64, the script ends with
 The captions are those of AudioCaps if `--captions` or CMLF_AUDIOCAPS_CSV gives its csv files, else of the synthesised corpus.
 Writes training.md, .csv, .json and .png to reports/benchmarks. `--parts mini` repeats one part.
 """
-import argparse, os, sys, tempfile, time
+import argparse, copy, os, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -156,8 +156,9 @@ def losses_of(p, level, folder, batch, steps, double=False):
         torch.Tensor.float = torch.Tensor.double # also where the encoders ask for float32; each part has its own process
         model = model.double()
     data = Data(p, model, batch * steps, folder)
-    run, found = loop(p, model, data, level), []
+    run, found, initial = loop(p, model, data, level), [], copy.deepcopy(model.state_dict())
     for stage in STAGES:
+        if not double: model.load_state_dict(initial) # or both would have drifted apart before the stage
         run.start(stage)
         found += [run.step(clips) for clips in np.split(np.arange(batch * steps), steps)]
     return found
@@ -169,8 +170,9 @@ def differences(losses):
 def agreement(size, folder, batch=8, steps=2):
     """Losses of the plain loop and of `Trainer` without dropout, in float32 and in float64.
 
-    In float32 the first step of each stage is compared. After an update they drift apart, since Adam turns a gradient
-    that is nothing but rounding into a step of full length; in float64 there is no such drift, and all steps are compared.
+    In float32 the first step of each stage is compared, from the same weights. After an update they drift apart, since Adam
+    turns a gradient that is nothing but rounding into a step of full length; in float64 there is no such drift, and all
+    steps of the three stages, one after the other, are compared.
     """
     p = profile_of(size).replace(lr=1e-5, dropout=0, block_dropout=0, spec_augment=False, amp=False, text_frozen=0, batch_size=batch)
     last = len(STEPS) - 1
