@@ -252,11 +252,14 @@ class CurriculumConfig(Settings):
     last_norm:str = setting('train', choices=('train', 'eval', 'moving', 'renorm')) # BatchNorm in that
     # stage: statistics of the batch as in the paper; those of its start; averages over batches; these
     # with BatchNorm's gradient
+    last_momentum:float = setting(.1, positive=True) # weight of a batch in these averages
 
     def check(self):
         if len(self.stage_split) != 3 or min(self.stage_split) < 1:
             raise CmlfError(f'setting stage_split={self.stage_split} should be three whole numbers '
                             'above zero, such as 8+4+6')
+        if self.last_momentum > 1:
+            raise CmlfError(f'setting last_momentum={self.last_momentum} should be at most 1')
         if len(self.trains) != 3:
             raise CmlfError(f'setting trains={self.trains} should say for three stages what they train')
         self.stage_epochs # raises an error if there are too few epochs

@@ -369,7 +369,7 @@ def start_stage(self:Trainer):
     s, p, c, m = self.stages[self.stage], self.profile.optimiser, self.profile.curriculum, self.model
     still = s.trainable == 'both' or c.frozen_mode == 'eval' # then outputs can be cached
     m.train_only(s.trainable, c.freeze_head, still, s.last and c.last_norm == 'eval')
-    if s.last and c.last_norm in AVERAGES: use_averages(m.audio, c.last_norm)
+    if s.last and c.last_norm in AVERAGES: use_averages(m.audio, c.last_norm, c.last_momentum)
     view = partial(frozen_view, m, trainable=s.trainable if still else 'both', dev=self.dev)
     self.inputs = view(self.train, amp=p.amp)
     # scores are computed in float32

@@ -175,10 +175,10 @@ def test_numbers_of_training_clips_are_compared_from_runs_of_other_experiments(e
     assert not list((tmp_path/'runs').rglob('run.json'))
 
 def test_hard_and_random_batches_are_compared_by_normalisation(exp, tmp_path):
-    two = [c for c in choices_page.normalisations() if c.what in ('averages over batches', 'GroupNorm') and c.claim == 'full rate']
+    two = [c for c in choices_page.normalisations() if c.what in ('averages over ten batches', 'GroupNorm') and c.claim == 'full rate']
     exp.train_all(specs_of(exp, points_of(two), 1))
     report = ClaimsReport('smoke', '', 1, '', tmp_path/'runs', '', tmp_path/'report', 'nothing', exp.keep)
-    assert {'averages over batches', 'GroupNorm'} <= set(report.show_norms().Normalisation)
+    assert {'averages over ten batches', 'GroupNorm'} <= set(report.show_norms().Normalisation)
     frame = pd.read_csv(tmp_path/'report'/'norms.csv')
     assert frame[frame.comparison == 'GroupNorm'].seeds.tolist() == [1, 0]
 

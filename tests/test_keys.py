@@ -49,7 +49,7 @@ OTHER = dict(   # another valid value for each setting
     remine=False, groups=False, freeze_head=True, pretrain_epochs=2, pretrain_scenes=80, pretrain_lr=1e-4, expert_features='audio=FILE,vggsound=FILE',
     expert_width=8, expert_epochs=2, words='FILE', ce_epochs=3, ce_batch_size=8, ce_lr=0.02, ce_dim=48,
     neighbours=4, skip=2, mined_share=0.5, drop='random', loss_in='last', above=0.2, beta=0.3, soft=0.5, frozen_mode='train', last_rate=0.5,
-    last_norm='eval', vectors_from='start', trains=('both', 'both', 'both'), encoder='cnn14', norm='group')
+    last_norm='eval', vectors_from='start', trains=('both', 'both', 'both'), encoder='cnn14', norm='group', last_momentum=0.2)
 
 CORPUS = {'source', 'n_train', 'n_val', 'n_test', 'corpus_seed', 'seconds'}   # settings of a composed corpus: they change the hash of its content
 SCORED = 'used only for scores after training'

@@ -52,7 +52,8 @@ def choices() -> list:
             for name, pair in pairs.items()]
 
 # %% ../../nbs/appendix/choices.ipynb #07f25cdb
-NORMALISATION = {'statistics of the batch': '', 'fixed statistics': 'last_norm=eval', 'averages over batches': 'last_norm=moving',
+NORMALISATION = {'statistics of the batch': '', 'fixed statistics': 'last_norm=eval', 'averages over ten batches': 'last_norm=moving',
+                 'averages over a hundred': 'last_norm=moving last_momentum=0.01',
                  'Batch Renormalization': 'last_norm=renorm', 'GroupNorm': 'norm=group', 'CLAP': 'encoder=clap'}
 
 def normalisations() -> list:

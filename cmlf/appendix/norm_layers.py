@@ -48,13 +48,15 @@ class BatchRenorm(MovingNorm):
 AVERAGES = dict(moving=MovingNorm, renorm=BatchRenorm)
 
 def use_averages(module:nn.Module, # changed in place
-                 how:str=''): # 'moving' or 'renorm'; '': BatchNorm as it was
+                 how:str='', # 'moving' or 'renorm'; '': BatchNorm as it was
+                 momentum:float=.1): # m, the weight of a batch in the averages
     "Normalise by averages over batches in training too."
     for m in module.modules():
         if how and type(m) in (nn.BatchNorm1d, nn.BatchNorm2d, ReducedBatchNorm):
-            m.before, m.__class__ = type(m), AVERAGES[how]
+            m.before = type(m), m.momentum
+            m.__class__, m.momentum = AVERAGES[how], momentum
         elif not how and hasattr(m, 'before'):
-            m.__class__ = m.before
+            m.__class__, m.momentum = m.before
             del m.before
 
 # %% ../../nbs/appendix/norm_layers.ipynb #726e9766
