@@ -398,8 +398,10 @@ def _moved(old, new): # {row: points of T2A R@1}
 def _other_code(old, new): # what else than chance may have moved the rows
     differ = lambda a, b: [k for k, v in b.items() if a.get(k) != v]
     a, b = old['run_version'], new['run_version']
+    # a setting that is newer than the old report has its default there
+    since = flat_settings(Profile().asdict()) | flat_settings(old['settings'])
     found = {'other module versions': [f'{k} {a.get(k, "-")} to {b[k]}' for k in differ(a, b)],
-             'other settings': differ(*(flat_settings(o['settings']) for o in (old, new)))}
+             'other settings': differ(since, flat_settings(new['settings']))}
     why = [f'{what} ({", ".join(names)})' for what, names in found.items() if names]
     return f'; the two were made with {" and ".join(why)}' if why else ''
 

@@ -119,7 +119,7 @@ def tables_of(text):
         lines = [cells_of(l) for l in block.splitlines()]
         yield lines[0], [dict(zip(lines[0], l)) for l in lines[2:]]
 
-@pytest.mark.parametrize('name', ['claims', 'variants', 'ways', 'encoders'])
+@pytest.mark.parametrize('name', ['claims', 'variants', 'norms', 'ways', 'encoders'])
 def test_readme_shows_rows_of_the_claims(name):
     head, rows = next(tables_of(at_head(f'reports/mini/{name}.md')))
     shown = [(h, r) for h, r in tables_of(at_head('README.md')) if h[0] == head[0] and set(h) <= set(head)]

@@ -177,7 +177,7 @@ def pretty_normalisations(frame:pd.DataFrame, # from `test_normalisations`
                          ) -> pd.DataFrame:
     "Hard over random batches by normalisation, for reading; without those that were not run."
     found = frame[frame.seeds > 0]
-    return pd.DataFrame({'Stage 3': found.claim, 'Normalisation': found.comparison, **_effects(found)})
+    return pd.DataFrame({'Normalisation': found.comparison, 'Learning rate': found.claim, **_effects(found)})
 
 # %% ../../nbs/appendix/claims_page.ipynb #348ce7cc
 def pretty_sizes(frame:pd.DataFrame, # from `test_sizes`
