@@ -103,8 +103,11 @@ def at_head_csv(path): return pd.read_csv(io.StringIO(at_head(path)))
 @pytest.mark.parametrize('profile', ['mini', 'field'])
 def test_readme_shows_the_numbers_of_the_report(profile):
     readme, table = at_head('README.md'), at_head_csv(f'reports/{profile}/table1.csv')
+    def number(row, name): # R@1 of several seeds with its standard deviation
+        sd = f' ± {row[f"{name}_sd"]:.1f}' if name.endswith('_r1') and f'{name}_sd' in table else ''
+        return f'{row[name]:.1f}{sd}'
     for _, row in table.iterrows():
-        cells = [' / '.join(f'{row[f"{d}_r{k}"]:.1f}' for k in (1, 5, 10)) for d in ('t2a', 'a2t')]
+        cells = [' / '.join(number(row, f'{d}_r{k}') for k in (1, 5, 10)) for d in ('t2a', 'a2t')]
         columns = [row.system, row.audio_encoder, row.chm, *cells]
         assert f'| {" | ".join("" if pd.isna(t) else t for t in columns)} |' in readme
     assert f'pool `{table.pool[0]}`' in readme

@@ -131,7 +131,7 @@ def expected_verdicts(report=ROOT/'reports'/'mini') -> list: # of entries
     "The verdict of each claim of the tables."
     frames = [pd.read_csv(Path(report)/f'claims{n}.csv') for n in (1, 2, 3)]
     return [dict(what=f'{r.claim}: {r.comparison}', expected=r.verdict,
-                 tolerance='not the opposite', why='one seed')
+                 tolerance='not the opposite', why='one new seed')
             for f in frames for r in f.itertuples()]
 
 def expected_effects(report=ROOT/'reports'/'mini') -> list: # of entries
