@@ -77,7 +77,7 @@ def test_a_page_without_intervals_and_tests_has_warnings(tmp_path):
     folder = committed_report('mini', tmp_path)
     for n in (1, 2, 3):
         frame = pd.read_csv(folder/f'table{n}.csv')
-        frame.drop(columns=[c for c in frame if c.endswith(('_low', '_high'))]).to_csv(folder/f'table{n}.csv', index=False)
+        frame.drop(columns=[c for c in frame if c.endswith(('_low', '_high', '_sd'))]).to_csv(folder/f'table{n}.csv', index=False)
         write_json(folder/f'table{n}.json', json.loads((folder/f'table{n}.json').read_text()) | dict(claims=None))
     view = view_page(folder, read_records(folder))
     assert 'no intervals' in view['warnings'][0] and 'No claim was tested' in view['warnings'][1]
