@@ -78,7 +78,8 @@ def test_a_page_without_intervals_and_tests_has_warnings(tmp_path):
     for n in (1, 2, 3):
         frame = pd.read_csv(folder/f'table{n}.csv')
         frame.drop(columns=[c for c in frame if c.endswith(('_low', '_high', '_sd'))]).to_csv(folder/f'table{n}.csv', index=False)
-        write_json(folder/f'table{n}.json', json.loads((folder/f'table{n}.json').read_text()) | dict(claims=None))
+        record = json.loads((folder/f'table{n}.json').read_text())
+        write_json(folder/f'table{n}.json', record | dict(claims=None, asked=record['asked'] | dict(seeds=1)))
     view = view_page(folder, read_records(folder))
     assert 'no intervals' in view['warnings'][0] and 'No claim was tested' in view['warnings'][1]
     assert not view['glance'] and not any(t['tested'] for p in view['parts'] for t in p['tables'])
