@@ -23,7 +23,7 @@ field: .venv/installed
 
 test: .venv/dev
 	cd nbs && OMP_NUM_THREADS=1 ../$(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # REPRODUCED.md: run its commands on this machine, measure, compare, answer (quick parts only: ARGS="--profile smoke")
 reproduced: .venv/dev
