@@ -26,7 +26,7 @@ from .appendix.hub import Travels
 from .appendix.models import CLAP_FILES, ClapAudio, clap_heads, clap_text, load_clap
 from .appendix.models import load_clap_audio, new_clap_audio, save_clap_audio
 from .appendix.packing import last_states
-from .appendix.norm_layers import set_norm
+from .appendix.norm_layers import batch_norms, set_norm
 from .appendix.panns import Cnn14, ConvBlock, check_image, panns_conv, spec_augment
 from .appendix.small import read_weights
 from .config import Profile, clap_name
@@ -324,8 +324,7 @@ def train(self:DualEncoder, mode:bool=True) -> DualEncoder:
     nn.Module.train(self, mode)
     for name in self.in_eval: getattr(self, name).eval()
     if self.norm_in_eval:
-        for m in self.audio.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
+        for m in batch_norms(self.audio): m.eval()
     return self
 
 # %% ../nbs/08_encoders.ipynb #84683853

@@ -232,6 +232,13 @@ def put(self:ClaimsReport, name:str, # of the files
     return shown
 
 @patch
+def forest(self:ClaimsReport, frame:pd.DataFrame, # lines that were not run are left out
+           name:str, label:str, caption:str): # of the figure
+    "The effects as a figure, if there are any."
+    found = frame[frame.seeds > 0]
+    if len(found): self.figure(forest_figure(found, found.comparison, label), name, caption)
+
+@patch
 def show_all_claims(self:ClaimsReport) -> pd.DataFrame:
     "Test all claims, write `claims`, show one line per claim."
     self.tested = test_comparisons(self.exp, self.seeds)
@@ -264,11 +271,9 @@ def show_power(self:ClaimsReport) -> pd.DataFrame:
 def show_variants(self:ClaimsReport) -> pd.DataFrame:
     "The variants of stage 3 that were run, written as `variants`."
     frame = test_variants(self.exp, self.seeds)
-    found = frame[frame.seeds > 0]
-    if len(found):
-        found = found.sort_values('mean', ascending=False)
-        self.figure(forest_figure(found, found.comparison, 'effect against random batches, points of R@1'),
-                    'variants', 'Variants of stage 3 against random batches in stage 3.')
+    best = frame.sort_values('mean', ascending=False) if 'mean' in frame else frame
+    self.forest(best, 'variants', 'effect against random batches, points of R@1',
+                'Variants of stage 3 against random batches in stage 3.')
     return self.put('variants', 'Variants of stage 3', frame, pretty_variants(frame), [
         'After the last epoch, against random batches in stage 3, from the same model after stage 2 '
         'with the same number of updates.'])
@@ -277,10 +282,8 @@ def show_variants(self:ClaimsReport) -> pd.DataFrame:
 def show_ways(self:ClaimsReport) -> pd.DataFrame:
     "Whole ways to train against joint training, written as `ways`."
     frame = test_comparisons(self.exp, self.seeds, ways_of())
-    found = frame[frame.seeds > 0]
-    if len(found):
-        self.figure(forest_figure(found, found.comparison, 'effect against joint training, points of R@1'), 'ways',
-                    'Ways to train, against joint training with as many updates.')
+    self.forest(frame, 'ways', 'effect against joint training, points of R@1',
+                'Ways to train, against joint training with as many updates.')
     return self.put('ways', 'Ways to train, against joint training', frame, pretty_variants(frame).rename(
         columns={'Stage 3': 'Training'}), ['With as many updates as joint training; audio encoder from scratch.'])
 
@@ -309,11 +312,9 @@ def show_choices(self:ClaimsReport) -> pd.DataFrame:
 def show_norms(self:ClaimsReport) -> pd.DataFrame:
     "Hard against random batches in stage 3, by normalisation, written as `norms`."
     frame = test_normalisations(self.exp, self.seeds)
-    found = frame[frame.seeds > 0]
-    if len(found):
-        names = found.comparison + ', ' + found.claim
-        self.figure(forest_figure(found, names, 'hard against random batches, points of R@1'), 'norms',
-                    'Hard against random batches in stage 3, by normalisation of the audio encoder.')
+    names = frame.comparison + ', ' + frame.claim
+    self.forest(frame.assign(comparison=names), 'norms', 'hard against random batches, points of R@1',
+                'Hard against random batches in stage 3, by normalisation of the audio encoder.')
     return self.put('norms', 'Hard batches and normalisation', frame, pretty_normalisations(frame), [
         'After the last epoch of stage 3, hard against random batches with the same normalisation and the '
         'same rate, from the same model after stage 2. Trained only if --only names them.'])

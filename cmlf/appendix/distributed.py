@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['launched', 'processes', 'rank', 'from_first', 'only_first', 'agree', 'joined', 'let_first_report', 'share',
-           'check_batch_size', 'gather', 'average_gradients', 'precise', 'ReducedBatchNorm', 'reduce_batch_norm',
+           'check_batch_size', 'gather', 'average_gradients', 'affine', 'ReducedBatchNorm', 'reduce_batch_norm',
            'spread', 'Rows', 'share_of']
 
 # %% ../../nbs/appendix/distributed.ipynb #21bc1f68
@@ -130,9 +130,14 @@ def average_gradients(weights): # parameters
     for g, part in zip(gradients, parts): g.copy_(part.view_as(g))
 
 # %% ../../nbs/appendix/distributed.ipynb #f30a0b01
-def precise(x:torch.Tensor) -> torch.Tensor:
-    "In float32, or float64 if it is that already."
-    return x if x.dtype == torch.float64 else x.float()
+def _precise(x): return x if x.dtype == torch.float64 else x.float()
+
+def affine(x:torch.Tensor, # (B, channels, ...)
+           scale:torch.Tensor, shift:torch.Tensor, # (channels,)
+          ) -> torch.Tensor:
+    "`x * scale + shift` for each channel, computed in float32 or float64, in the type of `x`."
+    wide = [1, -1] + [1] * (x.ndim - 2)
+    return torch.addcmul(shift.view(wide), _precise(x), scale.view(wide)).to(x.dtype)
 
 class ReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
     "BatchNorm with statistics of the whole batch, in all processes."
@@ -141,7 +146,7 @@ class ReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def statistics(self, x:torch.Tensor) -> tuple: # mean and variance (channels,), and of how many
         "Those of the whole batch, with gradients."
         axes = [i for i in range(x.ndim) if i != 1]
-        variance, mean = torch.var_mean(precise(x), axes, correction=0)
+        variance, mean = torch.var_mean(_precise(x), axes, correction=0)
         means, variances = gather(torch.stack([mean, variance])[None]).unbind(1)
         mean = means.mean(0)
         variance = (variances + (means - mean)**2).mean(0)
@@ -150,19 +155,22 @@ class ReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x:torch.Tensor) -> torch.Tensor: # (B / W, channels, ...)
         if not self.training or processes() == 1: return super().forward(x)
         mean, variance, n = self.statistics(x)
-        self._update(mean.detach(), variance.detach(), n)
+        self.follow(mean.detach(), variance.detach(), n)
         scale = self.weight * (variance + self.eps).rsqrt()
-        wide = [1, -1] + [1] * (x.ndim - 2)
-        shift = (self.bias - mean * scale).view(wide)
-        return torch.addcmul(shift, precise(x), scale.view(wide)).to(x.dtype)
+        return affine(x, scale, self.bias - mean * scale)
 
 # %% ../../nbs/appendix/distributed.ipynb #3a5dd6fc
 @patch
-def _update(self:ReducedBatchNorm, mean, variance, n):
+def rate(self:ReducedBatchNorm):
+    "The weight of a batch in the averages."
+    return self.momentum
+
+@patch
+def follow(self:ReducedBatchNorm, mean:torch.Tensor, variance:torch.Tensor, n:int):
+    "Update the averages with mean and variance of a batch of `n` values a channel."
     self.num_batches_tracked += 1
-    self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-    unbiased = variance * (n / (n - 1))
-    self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+    for average, new in ((self.running_mean, mean), (self.running_var, variance * (n / (n - 1)))):
+        average.lerp_(new.to(average.dtype), self.rate())
 
 def reduce_batch_norm(model:nn.Module):
     "Turn every BatchNorm of a model into a `ReducedBatchNorm`, in place; weights keep their names."

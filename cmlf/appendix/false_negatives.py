@@ -10,7 +10,9 @@ import json
 
 import numpy as np
 import pandas as pd
+import torch
 
+from .mixtures import nearest
 from ..mining import mine
 
 # %% ../../nbs/appendix/false_negatives.ipynb #2539aba8
@@ -56,9 +58,7 @@ def rank_table(vectors, # (N, d) of unit length
                most:int=400, # clips that are looked at
               ) -> pd.DataFrame:
     "Shares in percent among the neighbours of these ranks; the last line is any two clips."
-    cosine = vectors[:most] @ vectors.T
-    cosine[np.arange(len(cosine)), np.arange(len(cosine))] = -np.inf
-    order, lines = np.argsort(-cosine, axis=1)[:, :-1], {}
+    order, lines = nearest(torch.as_tensor(vectors), len(vectors) - 1)[:most].numpy(), {}
     for a, b in zip(ranks, (*ranks[1:], None)):
         if b is None: a, b, name = 1, order.shape[1] + 1, 'any'
         else: name = str(a) if b == a + 1 else f'{a} to {b - 1}'

@@ -11,10 +11,10 @@ import contextlib
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 from torch.nn.functional import normalize
 
 from .geometry import shape
+from .norm_layers import batch_norms
 from ..loss import get_loss
 from ..mining import mine
 from ..training import PairedSplit, ancillary_vectors
@@ -24,7 +24,7 @@ from ..training import PairedSplit, ancillary_vectors
 def norm_mode(model, # a `DualEncoder`
               batch:bool): # statistics of the batch; False: the averages over training
     "A block in which BatchNorm uses these statistics, all else is in eval mode, and nothing is updated."
-    norms = [m for m in model.audio.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = batch_norms(model.audio)
     was, kept = model.training, [m.track_running_stats for m in norms]
     model.eval()
     try:
@@ -92,7 +92,7 @@ def average_anew(model, # a `DualEncoder`, left in eval mode
                  batches, # (M, B) clips
                 ):
     "Replace the averages of BatchNorm in the audio encoder by plain means over these batches."
-    norms = [m for m in model.eval().audio.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = batch_norms(model.eval().audio)
     kept = [m.momentum for m in norms]
     for m in norms:
         m.reset_running_stats()
