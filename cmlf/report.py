@@ -89,9 +89,13 @@ def _pool_note(pool): # a line of the table that has scores
     return (f'Ours: {pool.coverage} of the test set ({pool.pool_captions} captions, pool '
             f'{pool.pool}), epochs selected on validation. Paper: 957 clips, 4,785 captions.')
 
-def _seeds_note(seeds, scored):
+def _seeds_note(scored):
     used = ' and '.join(sorted(set(scored.precision)))
-    if seeds > 1: return f'Mean ± standard deviation over {seeds} seeds, computed in {used}.'
+    least, most = scored.seeds.min(), scored.seeds.max()
+    if least < most:
+        return (f'Mean ± standard deviation over {least} to {most} seeds (column Seeds), computed in '
+                f'{used}; brackets, for one seed: 95 % interval over test clips.')
+    if most > 1: return f'Mean ± standard deviation over {most} seeds, computed in {used}.'
     return (f'One seed, computed in {used}; brackets: 95 % interval over test clips. Another seed '
             'or processor has moved rows by up to nine points.')
 
@@ -126,7 +130,7 @@ def notes(self:Report,
     scored = frame.dropna(subset=['pool_clips']) if 'pool_clips' in frame else frame[:0]
     if not len(scored): return ['No run of this table is stored.']
     notes = [_pool_note(scored.iloc[0]), _budget_note(self.exp.profile),
-             _seeds_note(self.seeds, scored)]
+             _seeds_note(scored)]
     if n := int(scored.ranks_only.sum()):
         notes.append(f'{n} of {int(scored.seeds.sum())} runs were trained elsewhere: their scores come '
                      'from files of ranks (--ranks).')
@@ -164,7 +168,8 @@ _CLAIMS_NOTE = ('Differences in mean recall (R@1, R@5, R@10, both directions), i
 def show_claims(self:Report) -> pd.DataFrame:
     "Test the claims about this table, write the result, show it."
     frame, name = claims(self.exp, self.number, self.seeds), f'claims{self.number}'
-    note = _CLAIMS_NOTE + ('' if self.seeds > 1 else ' One seed: another may say otherwise.')
+    note = _CLAIMS_NOTE
+    if len(frame) and frame.seeds.min() == 1: note += ' One seed: another may say otherwise.'
     self.claims, shown = dict(name=name, notes=[note]), pretty_claims(frame)
     write_text(self.out/f'{name}.csv', frame.to_csv(index=False))
     body = shown.to_markdown(index=False, disable_numparse=True)

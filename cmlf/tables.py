@@ -212,10 +212,15 @@ def _stage_end(row, runs, first): # for Table II: the selected epoch, scores aft
     return dict(selected=selected) | _mean_scores(results, 'last_')
 
 # %% ../nbs/15_tables.ipynb #abf8dc5c
+def _stored(exp, row, seeds): # {spec: run} of the seeds that were not left out
+    runs = {}
+    for spec in (spec_of(exp, row, s) for s in range(seeds)):
+        with contextlib.suppress(NotRun): runs[spec] = exp.result(spec)
+    return runs
+
 def _ours(exp, row, seeds, first):
-    specs = [spec_of(exp, row, s) for s in range(seeds)]
-    try: runs = [exp.result(s) for s in specs]
-    except NotRun: return {}
+    specs, runs = map(list, (known := _stored(exp, row, seeds), known.values()))
+    if not runs: return {}
     results = [r.retrieval(row.stage, first) for r in runs]
     return (_mean_scores(results) | _intervals(results) | _stage_end(row, runs, first)
             | dict(pool_clips=len(results[0].a2t_ranks), pool_captions=len(results[0].t2a_ranks),
@@ -268,7 +273,9 @@ def _cost_columns(frame):
     both = lambda a, b: [f'{text(x)} / {text(y)}' for x, y in zip(frame[a], frame[b])]
     by_stage = 'minutes_stage' in frame and frame.minutes_stage.notna().any()
     minutes = frame.minutes_stage if by_stage else frame.minutes
-    return {('Pool', 'clips / captions'): both('pool_clips', 'pool_captions'),
+    seeds = {('Runs', 'seeds'): [text(v) for v in frame.seeds]} if frame.seeds.nunique() > 1 else {}
+    return seeds | {
+            ('Pool', 'clips / captions'): both('pool_clips', 'pool_captions'),
             ('Cost', 'epochs'): [text(v) for v in frame.epochs],
             ('Cost', 'updates audio / text'): both('audio_updates', 'text_updates'),
             ('Cost', 'min, this stage' if by_stage else 'min'):
@@ -376,10 +383,13 @@ def verdict(difference:float, low:float, high:float, # in percentage points, wit
     return 'higher' if difference > 0 else 'lower'
 
 # %% ../nbs/15_tables.ipynb #2fe0ebf5
-def _tested(exp, pair, seeds): # two rows
-    a, b = ([exp.result(spec_of(exp, r, s)).retrieval(r.stage) for s in range(seeds)] for r in pair)
+def _tested(exp, pair, seeds): # two rows, over the seeds that both have
+    known = [{s.seed: run for s, run in _stored(exp, r, seeds).items()} for r in pair]
+    shared = sorted(known[0].keys() & known[1].keys())
+    if not shared: return {}
+    a, b = ([runs[s].retrieval(r.stage) for s in shared] for r, runs in zip(pair, known))
     t = paired_test(a, b)
-    return dict(difference=round(t.difference, 2), low=round(t.low, 2), high=round(t.high, 2),
+    return dict(seeds=len(shared), difference=round(t.difference, 2), low=round(t.low, 2), high=round(t.high, 2),
                 p=t.p)
 
 def claims(exp:Experiment,
@@ -389,8 +399,8 @@ def claims(exp:Experiment,
     "A paired test of each claim about a table, except claims whose runs were left out."
     rows = []
     for claim, what, *pair in COMPARISONS[one_of(number, [1, 2, 3], 'table')]():
-        with contextlib.suppress(NotRun):
-            rows.append(dict(claim=claim, comparison=what, **_tested(exp, pair, seeds)))
+        if found := _tested(exp, pair, seeds):
+            rows.append(dict(claim=claim, comparison=what, **found))
     if not rows: return pd.DataFrame(columns=['claim', 'comparison', 'verdict'])
     frame = pd.DataFrame(rows).assign(p_holm=lambda f: holm(f.p))
     verdicts = [verdict(r.difference, r.low, r.high, r.p_holm) for r in frame.itertuples()]
@@ -402,6 +412,6 @@ def pretty_claims(frame:pd.DataFrame, # from `claims`
     "The claims for reading: difference and interval in one column, p with two digits."
     if not len(frame): return frame
     points = [f'{r.difference:+.1f} [{r.low:+.1f}, {r.high:+.1f}]' for r in frame.itertuples()]
-    return pd.DataFrame({'Claim': frame.claim, 'Comparison': frame.comparison,
+    return pd.DataFrame({'Claim': frame.claim, 'Comparison': frame.comparison, 'Seeds': frame.seeds,
                          'Difference': points, 'p (Holm)': [f'{p:.2g}' for p in frame.p_holm],
                          'Verdict': frame.verdict})
