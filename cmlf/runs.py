@@ -24,7 +24,7 @@ from .appendix.distributed import agree, from_first, processes, rank
 from .appendix.executors import (LocalExecutor, Task, check_address, executor_for,
                                      gpus)
 from .appendix.ranks import rank_key, read_ranks, write_ranks
-from .config import (GROUPS, PATH_SETTINGS, VECTORS, Profile, clap_name, expert_files, locate,
+from .config import (GROUPS, HALVES, PATH_SETTINGS, VECTORS, Profile, clap_name, expert_files, locate,
                          pick, resolve_paths)
 from .core import (CmlfError, absolute, commit, content_hash, device, log, machine, one_of, path_hash,
                        precision, read_json, versions, write_json)
@@ -34,8 +34,8 @@ from .metrics import retrieval, retrieval_from_similarity
 @dataclass(frozen=True)
 class RunSpec:
     "Describes one training run."
-    system:str         # 'baseline' (joint), '3cmlf', its parts 'stages12' and 'stage3',
-                       # 'ce', 'moee', 'tagger' or 'experts'
+    system:str         # 'baseline' (joint), 'half1' and 'half2' (joint, on half of the pairs),
+                       # '3cmlf', its parts 'stages12' and 'stage3', 'ce', 'moee', 'tagger' or 'experts'
     audio:str = ''     # audio encoder: 'scratch' or 'pretrained'; '' where it does not apply
     chm:bool = False   # True: mined batches
     batch_size:int = 32
@@ -66,6 +66,7 @@ READS = dict(
     ce='ce text.text_model',
     baseline='audio text joint optimiser curriculum.epochs curriculum.keep_start '
              'batches.batch_size batches.groups')
+READS |= dict.fromkeys(HALVES, READS['baseline'])
 READS |= dict.fromkeys(['3cmlf', 'stages12', 'stage3'], READS['baseline'] + ' curriculum')
 
 def reads(spec:RunSpec) -> str:
@@ -254,18 +255,19 @@ def _inherited(spec, names): # the changes that a parent needs, so that its weig
 
 @patch
 def parents(self:RunStore, spec:RunSpec) -> list:
-    "Runs that must be finished first: tagger, baseline (to mine), experts (CE), first two stages."
+    "Runs that must be finished first: tagger, joint models (to mine), experts (CE), first two stages."
     if spec.kind == 'ce': return [self.spec('experts', seed=spec.seed)]
     p = run_profile(self.profile, spec)
     new = spec.audio == 'pretrained' and not (p.tagger.panns or clap_name(p.audio.encoder))
     changes = _inherited(spec, ('encoder', 'width', 'norm'))
     tagger = [self.spec('tagger', seed=spec.seed, changes=changes)] if new else []
     # the paper does not say which baseline gives the vectors: ours has the same initial weights
-    others = spec.chm and p.batches.vectors_from == 'baseline'
-    baseline = [self.spec('baseline', spec.audio, seed=spec.seed)] if others else []
+    source = p.batches.vectors_from if spec.chm else ''
+    mined = [self.spec(s, spec.audio, seed=spec.seed)
+             for s in dict(baseline=['baseline'], halves=HALVES).get(source, [])]
     start = ([replace(spec, system='stages12', changes=_inherited(spec, _SHAPES), loss='')]
              if spec.system == 'stage3' else [])
-    return tagger + baseline + start
+    return tagger + mined + start
 
 # %% ../nbs/13_runs.ipynb #8c777944
 def not_default(settings:dict, default:dict) -> dict:

@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from torch import nn
 
 from .appendix.bert import frozen_layers
-from .appendix.distributed import (agree, average_gradients, check_batch_size, from_first,
-                                       gather, only_first, rank, share, share_of, spread)
+from .appendix.distributed import (Rows, agree, average_gradients, check_batch_size,
+                                       from_first, gather, only_first, rank, share, share_of, spread)
 from .appendix.linear import fast_linear
 from .appendix.loading import ahead, for_device, take, to_device
 from .appendix.norm_layers import AVERAGES, use_averages
@@ -91,6 +91,14 @@ class PairedSplit:
         "The split of a corpus, with its captions tokenised."
         if not isinstance(tokens, Tokens): tokens = tokens_of(corpus, tokens.text)
         return cls(store, tokens, np.asarray(corpus.owner), corpus.groups())
+
+    def only(self, clips # (n,) indices
+            ) -> 'PairedSplit':
+        "The same split with some of its clips and all their captions."
+        captions, place = np.flatnonzero(np.isin(self.owner, clips)), np.empty(len(self), int)
+        place[clips] = np.arange(len(clips))
+        return PairedSplit(Rows(self.store, clips), Rows(self.tokens, captions),
+                           place[self.owner[captions]], self.groups[clips])
 
 def tokens_of(corpus, # a `Corpus`
               text, # a text encoder

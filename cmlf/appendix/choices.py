@@ -24,6 +24,7 @@ _MINED = 'last_norm=eval last_rate=0.3', True
 CHOICES = {
     '1 ancillary embeddings: audio only': (_MINED, 'ancillary=audio'),
     '1 ancillary embeddings: text only': (_MINED, 'ancillary=text'),
+    '1 ancillary embeddings: cross-fitted': (_MINED, 'vectors_from=halves'),
     '2 frozen: the projection head too': (_RANDOM, 'freeze_head=true'),
     '2 frozen encoder in training mode': (_RANDOM, 'frozen_mode=train'),
     '3 as many epochs as joint training, in all': (_RANDOM, 'budget=equal_epochs'),

@@ -196,6 +196,7 @@ class Rows:
         self.inputs, self.rows = inputs, rows
         self.lengths = None if lengths is None else lengths[rows]
 
+    def __len__(self): return len(self.rows)
     def __getitem__(self, i): return self.inputs[self.rows[i]]
 
 def share_of(inputs, # `inputs[indices]` -> a batch

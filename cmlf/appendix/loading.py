@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from .distributed import Rows
 from ..core import log
 
 # %% ../../nbs/appendix/loading.ipynb #a77200b6
@@ -45,11 +46,12 @@ def take(inputs, # `inputs[indices]` -> a batch; may be a tensor on a device
     return inputs[indices]
 
 # %% ../../nbs/appendix/loading.ipynb #1f14c750
-def for_device(store, # `FeatureStore`
+def for_device(store, # `FeatureStore`, or `Rows` of one
                dev, # device
               ):
     "The store itself, or a copy on a GPU, if it fits in half of the free memory there."
     if torch.device(dev).type != 'cuda': return store
+    if isinstance(store, Rows): return Rows(for_device(store.inputs, dev), store.rows)
     free, size = torch.cuda.mem_get_info(dev)[0], store.rows.nbytes
     if size <= free / 2: return DeviceStore(store.rows, dev)
     log(f'{store}: {size / 1e9:.1f} GB do not fit in half of the free {free / 1e9:.1f} GB of '
