@@ -250,7 +250,7 @@ def write_record(self:Report):
     needed = claims_needed(self.exp, self.seeds) if self.number == 'claims' else runs_needed(
         self.exp, [self.number], self.seeds)
     runs = [self.exp.result(s).metadata for s in needed if is_known(self.exp, s)]
-    sized = sized_runs(self.exp, self.seeds) if self.number == 'claims' else {}
+    more = dict(sized=sized_runs(self.exp, self.seeds)) if self.number == 'claims' else {}
     corpus = self.exp.corpus
     write_credits(corpus, self.out/'CREDITS.md')
     write_json(self.out/f'{self.name}.json', dict(
@@ -259,7 +259,7 @@ def write_record(self:Report):
                     clips={s: len(corpus.split(s)) for s in ('train', 'val', 'test')}),
         tables=self.tables, claims=self.claims, effects=self.effects, figures=self.figures,
         cards=self.cards,
-        runs={r['key']: r for r in runs}, sized=sized))
+        runs={r['key']: r for r in runs}, **more))
 
 # %% ../nbs/16_report.ipynb #12844c21
 def write_credits(corpus, # a `Corpus`

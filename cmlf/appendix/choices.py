@@ -12,7 +12,7 @@ from functools import lru_cache
 import pandas as pd
 
 from .comparisons import COMPARISONS, CONTROL, WAYS, Comparison, Point, effects_of
-from .comparisons import fits, may_run, points_of, scores_of, sources_of, specs_of
+from .comparisons import groups_fit, may_run, points_of, scores_of, sources_of, specs_of
 from .comparisons import variant_point, variants_of, ways_of, with_verdicts
 from ..experiments import Experiment
 from ..runs import is_known
@@ -132,7 +132,7 @@ def test_normalisations(exp:Experiment, seeds:int) -> pd.DataFrame:
 def claims_needed(exp:Experiment, seeds:int) -> list:
     "All runs that are known or may be trained, parents first; choices: only if `only` names them."
     size = exp.profile.batches.batch_size
-    ways = [c for c in ways_of() if fits(c.pairs[0][0].changes, size)]
+    ways = [c for c in ways_of() if groups_fit(c.pairs[0][0].changes, size)]
     points = points_of(COMPARISONS + ways) + [variant_point(n) for n in ('', *variants_of(exp))]
     needed = [s for s in specs_of(exp, points, seeds) if may_run(exp, s)]
     more = specs_of(exp, points_of(choices() + normalisations()), seeds)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUDIO', 'BUDGETS', 'MODELS', 'ENCODERS', 'COMPARISONS', 'CONTROL', 'VARIANTS', 'WAYS', 'SCORES', 'Point',
-           'Comparison', 'paper_gap', 'variant_point', 'fits', 'variants_of', 'ways_of', 'specs_of', 'points_of',
+           'Comparison', 'paper_gap', 'variant_point', 'groups_fit', 'variants_of', 'ways_of', 'specs_of', 'points_of',
            'may_run', 'results', 'sources_of', 'scores_of', 'measured', 'effects_of', 'test_comparisons',
            'with_verdicts', 'decided', 'oscillation', 'joint_oscillation']
 
@@ -138,9 +138,9 @@ def variant_point(name:str, # of `VARIANTS`; '': the control
                  ) -> Point:
     "The score of a variant of stage 3."
     return Point('stage3', audio, True, changes=VARIANTS[name] if name else CONTROL, last=last)
-def fits(changes:str, # of a run
-         size:int, # of a batch
-        ) -> bool:
+def groups_fit(changes:str, # of a run
+               size:int, # of a batch
+              ) -> bool:
     "Whether groups of neighbours fill a batch, and are smaller than it."
     k = int(dict(t.split('=') for t in changes.split()).get('neighbours', 1))
     return k < size and size % k == 0
@@ -148,7 +148,7 @@ def fits(changes:str, # of a run
 def variants_of(exp:Experiment) -> list:
     "The names of the variants that fit the batch size: groups of neighbours are smaller than it."
     size = exp.profile.batches.batch_size
-    return [name for name, text in VARIANTS.items() if fits(text, size)]
+    return [name for name, text in VARIANTS.items() if groups_fit(text, size)]
 
 # %% ../../nbs/appendix/comparisons.ipynb #bd4e2de9
 _ONE = 'trains=both+both+both kinds=random+random+{} vectors_from=start budget=equal_epochs restart_schedule=false'
