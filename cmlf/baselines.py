@@ -8,7 +8,7 @@ __all__ = ['NetVLAD', 'ContextGating', 'GatedEmbedding', 'PairNetwork', 'ExpertG
 
 # %% ../nbs/12_baselines.ipynb #78a63e0b
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from .core import CmlfError, content_hash, device, log, one_of, rng
 from .data import draw_captions
 from .loss import check_losses, max_margin
 from .metrics import retrieval_from_similarity
-from .training import Checkpoint
+from .training import Checkpoint, without_defaults
 
 # %% ../nbs/12_baselines.ipynb #e123beb6
 class NetVLAD(nn.Module):
@@ -342,7 +342,7 @@ class _Run:
     def __init__(self, model, settings, seed, facts, path, save_every, log):
         self.model, self.s, self.seed = model, settings, seed
         self.opt = ranger(model.parameters(), settings.lr, settings.weight_decay)
-        plan = content_hash(asdict(settings), seed, *facts)
+        plan = content_hash(without_defaults(settings), seed, *facts)
         self.checkpoint = Checkpoint(path, plan, save_every, log)
         self.history, self.best, self.best_epoch = [], None, -1
         self.start_epoch()

@@ -23,7 +23,8 @@ from .appendix.linear import fast_linear
 from .appendix.loading import ahead, for_device, take, to_device
 from .appendix.norm_layers import AVERAGES, use_averages
 from .appendix.packing import States, real_positions
-from .appendix.resume import Checkpoint, is_due, random_states, set_random_state
+from .appendix.resume import (Checkpoint, is_due, random_states, set_random_state,
+                                  without_defaults)
 from .config import Profile
 from .core import (CmlfError, autocast, content_hash, device, log, precision, rng,
                        seed_everything)
@@ -229,7 +230,7 @@ class Trainer:
         self.history, self.stage_outputs, self.best = [], [], dict(val=-1.0)
         self.optimiser = self.loss = self.teacher = self.own_vectors = None
         self.precision = precision(profile.optimiser.amp, self.dev)
-        plan = repr((stages, seed, profile, len(train)))
+        plan = repr(without_defaults((stages, seed, profile, len(train))))
         self.checkpoint = Checkpoint(checkpoint, plan, save_every, self.log)
         model.to(self.dev)
         _check_trainer(self)
