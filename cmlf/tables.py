@@ -203,13 +203,13 @@ def _costs(exp, row, runs, specs): # one run and spec per seed
                 minutes_stage=mean([r.minutes(row.stage) for r in runs]) if row.stage else None)
 
 # %% ../nbs/15_tables.ipynb #40177f6f
-def _stage_end(row, runs, first): # for Table II: the selected epoch, scores after the last one
+def _stage_end(row, runs, first): # for Table II: the selected epochs, scores after the last one
     if not row.stage: return {}
     ends = [(r.metadata['selected'][row.stage - 1], r.metadata['stage_epochs'][row.stage - 1])
             for r in runs]
     results = [r.retrieval(row.stage, first, last=True) for r in runs]
-    selected = ', '.join(f'{a} of {b}' for a, b in ends)
-    return dict(selected=selected) | _mean_scores(results, 'last_')
+    selected = dict.fromkeys(f'{a} of {b}' for a, b in ends) # each once
+    return dict(selected=', '.join(selected)) | _mean_scores(results, 'last_')
 
 # %% ../nbs/15_tables.ipynb #abf8dc5c
 def _stored(exp, row, seeds): # {spec: run} of the seeds that were not left out
@@ -356,7 +356,7 @@ def _comparisons_1():
                           mined=lambda a: _three(a, 'yes')).items():
         yield 'C5', f'pretrained over scratch, {name}', row('pretrained'), row('scratch')
     for local in _LOCAL:
-        yield ('C6', f'global over {local}', _three('pretrained', 'yes'),
+        yield ('C6', f'global over {local}, in all stages', _three('pretrained', 'yes'),
                _three('pretrained', local))
 
 # %% ../nbs/15_tables.ipynb #acadf6ea

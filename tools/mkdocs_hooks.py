@@ -68,6 +68,12 @@ def on_files(files, config):
 
 def report_files() -> list[Path]: return [p for r in REPORTS for p in (ROOT/'reports'/r).rglob('*') if p.is_file()]
 
+# --- links ---
+
+def on_page_markdown(text, page, config, files):
+    "Files of docs/ lie one folder deeper in the repository than on the site; their links are those of the repository."
+    return text.replace('](../../', '](../') if page.file.src_uri.startswith('howto/') else text
+
 # --- what a notebook looks like as a page ---
 
 FOREIGN = re.compile('http|src=|mathjax', re.I)  # scripts that fetch, and MathJax: formulas need none

@@ -55,7 +55,8 @@ def choices() -> list:
 # %% ../../nbs/appendix/choices.ipynb #07f25cdb
 NORMALISATION = {'statistics of the batch': '', 'fixed statistics': 'last_norm=eval', 'averages over ten batches': 'last_norm=moving',
                  'averages over a hundred': 'last_norm=moving last_momentum=0.01',
-                 'Batch Renormalization': 'last_norm=renorm', 'GroupNorm': 'norm=group', 'CLAP': 'encoder=clap'}
+                 'Batch Renormalization': 'last_norm=renorm', 'GroupNorm': 'norm=group',
+                 'GroupNorm, first layer fixed': 'norm=group last_norm=eval', 'CLAP': 'encoder=clap'}
 
 def normalisations() -> list:
     "Hard over random batches in stage 3, for each normalisation and two learning rates."

@@ -97,7 +97,7 @@ def _of_our_own(): # C1 at other budgets, C6, C8
     for name, how in {'hardest k': 'loss=nt_xent_hardest', 'triplet': 'loss=triplet_max'}.items():
         local = f'{_RANDOM_LAST} {how} loss_in=last'
         pairs = ((_three('pretrained', True), Point('stage3', 'pretrained', True, changes=local)),)
-        yield Comparison('C6', f'global over local selection ({name})', pairs, main=name == 'hardest k')
+        yield Comparison('C6', f'global over local selection in stage 3 ({name})', pairs, main=name == 'hardest k')
     for name, change in ENCODERS.items():
         pairs = ((Point('3cmlf', changes=change), Point('baseline', changes=change)),)
         yield Comparison('C8', f'three stages over joint, {name}', pairs, main=True)
@@ -254,14 +254,16 @@ def test_comparisons(exp:Experiment, seeds:int, comparisons=COMPARISONS) -> pd.D
     return with_verdicts(effects_of(exp, seeds, comparisons))
 
 def with_verdicts(frame:pd.DataFrame) -> pd.DataFrame:
-    "The frame with a verdict per line; p-values of lines that decide are corrected together."
+    "The frame with a verdict per line that decides; their p-values are corrected together."
     if 't2a' not in frame: return frame.assign(verdict='not run')
     ps, tested = frame[['t2a_p', 'a2t_p']].copy(), frame.decides & frame.t2a_p.notna()
     if tested.any():
         ps.loc[tested] = holm(ps[tested].to_numpy().ravel()).reshape(-1, 2)
     signs = [[sign(r[d], r[f'{d}_low'], r[f'{d}_high'], ps.loc[i, f'{d}_p'], r.seeds)
               for d in ('t2a', 'a2t')] for i, r in frame.iterrows()]
-    return frame.assign(t2a_p=ps.t2a_p, a2t_p=ps.a2t_p, verdict=[_judge(s) for s in signs])
+    words = pd.Series([_judge(s) for s in signs], frame.index, dtype=object)
+    return frame.assign(t2a_p=ps.t2a_p, a2t_p=ps.a2t_p,
+                        verdict=words.where(frame.decides | (words == 'not run'), '–'))
 
 def _judge(signs): # of both directions
     if None in signs: return 'not run'
@@ -288,11 +290,12 @@ def oscillation(scores # validation scores of the epochs, from epoch 0
     return float(falls / extent) if extent else 0.
 
 def joint_oscillation(exp:Experiment, seeds:int) -> pd.DataFrame:
-    "The measure for each known seed: joint training, and the stage that trains both encoders."
+    "The measure for each known seed: joint training, and the stage that trains both encoders; epochs of the shorter."
     lines = []
     for seed, audio in itertools.product(range(seeds), AUDIO):
         with contextlib.suppress(NotRun):
             joint, staged = (results(exp, p, seed).history for p in (_joint(audio), _three(audio, False)))
+            last = staged[staged.stage == 3]
             lines.append(dict(seed=seed, audio=audio, joint=oscillation(joint.val),
-                              staged=oscillation(staged[staged.stage == 3].val)))
-    return pd.DataFrame(lines, columns=['seed', 'audio', 'joint', 'staged'])
+                              staged=oscillation(last.val), epochs=min(joint.epoch.max(), last.epoch.max())))
+    return pd.DataFrame(lines, columns=['seed', 'audio', 'joint', 'staged', 'epochs'])
