@@ -93,8 +93,9 @@ def _seeds_note(scored):
     used = ' and '.join(sorted(set(scored.precision)))
     least, most = scored.seeds.min(), scored.seeds.max()
     if least < most:
-        return (f'Mean ± standard deviation over {least} to {most} seeds (column Seeds), computed in '
-                f'{used}; brackets, for one seed: 95 % interval over test clips.')
+        one = '; brackets, for one seed: 95 % interval over test clips' * (least == 1)
+        return (f'Mean ± standard deviation over {least} to {most} seeds (column seeds), computed in '
+                f'{used}{one}.')
     if most > 1: return f'Mean ± standard deviation over {most} seeds, computed in {used}.'
     return (f'One seed, computed in {used}; brackets: 95 % interval over test clips. Another seed '
             'or processor has moved rows by up to nine points.')
