@@ -93,7 +93,7 @@ def _seeds_note(scored):
     used = ' and '.join(sorted(set(scored.precision)))
     least, most = scored.seeds.min(), scored.seeds.max()
     if least < most:
-        one = '; brackets, for one seed: 95 % interval over test clips' * (least == 1)
+        one = '; brackets, for one seed: 95 % interval over test clips' if least == 1 else ''
         return (f'Mean ± standard deviation over {least} to {most} seeds (column seeds), computed in '
                 f'{used}{one}.')
     if most > 1: return f'Mean ± standard deviation over {most} seeds, computed in {used}.'
