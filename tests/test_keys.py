@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import soundfile
 
-from cmlf import config
+from cmlf import baselines, config, training
 from cmlf.config import GROUPS, SETTINGS, get_profile, pick, resolve_paths
 from cmlf.experiments import Experiment
 from cmlf.runs import RUN_VERSION, RunSpec, run_config
@@ -173,6 +173,8 @@ WITHOUT_EFFECT = {   # settings that are read but do not change the result, and 
 
 def test_every_setting_that_a_run_reads_is_in_its_key(tmp_path, monkeypatch):
     monkeypatch.setattr(config, 'replace', not_recording(config.replace))
+    for module in (training, baselines): # the description in a checkpoint
+        monkeypatch.setattr(module, 'without_defaults', not_recording(module.without_defaults))
     smoke = get_profile('smoke').replace(n_train=32, epochs=3, seconds=1.)
     exp = Experiment(dataclasses.replace(smoke, **{g: recording(getattr(smoke, g)) for g in GROUPS}), tmp_path)
     assert exp.corpus.hash
