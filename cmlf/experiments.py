@@ -318,7 +318,7 @@ def cross_fitted(a, b, # (N, d) unit vectors of the same pairs, from two models
                 ) -> np.ndarray: # (N, d) unit vectors
     "The first model's vectors of the pairs that are new to it, the second's, rotated, of the others."
     e = a.copy()
-    e[fitted] = (b @ orthogonal_procrustes(b, a)[0])[fitted]
+    e[fitted] = b[fitted] @ orthogonal_procrustes(b, a)[0]
     return e
 
 # %% ../nbs/14_experiments.ipynb #31854753

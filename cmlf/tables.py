@@ -212,15 +212,16 @@ def _stage_end(row, runs, first): # for Table II: the selected epochs, scores af
     return dict(selected=', '.join(selected)) | _mean_scores(results, 'last_')
 
 # %% ../nbs/15_tables.ipynb #abf8dc5c
-def _stored(exp, row, seeds): # {spec: run} of the seeds that were not left out
+def _stored(exp, row, seeds): # {seed: run} of the seeds that were not left out
     runs = {}
-    for spec in (spec_of(exp, row, s) for s in range(seeds)):
-        with contextlib.suppress(NotRun): runs[spec] = exp.result(spec)
+    for seed in range(seeds):
+        with contextlib.suppress(NotRun): runs[seed] = exp.result(spec_of(exp, row, seed))
     return runs
 
 def _ours(exp, row, seeds, first):
-    specs, runs = map(list, (known := _stored(exp, row, seeds), known.values()))
-    if not runs: return {}
+    known = _stored(exp, row, seeds)
+    if not known: return {}
+    specs, runs = [spec_of(exp, row, s) for s in known], list(known.values())
     results = [r.retrieval(row.stage, first) for r in runs]
     return (_mean_scores(results) | _intervals(results) | _stage_end(row, runs, first)
             | dict(pool_clips=len(results[0].a2t_ranks), pool_captions=len(results[0].t2a_ranks),
@@ -384,7 +385,7 @@ def verdict(difference:float, low:float, high:float, # in percentage points, wit
 
 # %% ../nbs/15_tables.ipynb #2fe0ebf5
 def _tested(exp, pair, seeds): # two rows, over the seeds that both have
-    known = [{s.seed: run for s, run in _stored(exp, r, seeds).items()} for r in pair]
+    known = [_stored(exp, r, seeds) for r in pair]
     shared = sorted(known[0].keys() & known[1].keys())
     if not shared: return {}
     a, b = ([runs[s].retrieval(r.stage) for s in shared] for r, runs in zip(pair, known))

@@ -161,8 +161,9 @@ def test_a_seed_changed_everywhere_is_another_key(report):
 def test_other_seeds_in_the_record_are_named(report):
     for name, change in {'table2.json': lambda r: r['asked'].update(seeds=2), 'provenance.json': lambda r: r.update(seeds=3)}.items():
         with edited_json(report/name) as record: change(record)
+    edit(report/'table2.csv', lambda f: f.assign(seeds=2)) # but ranks of one seed
     found = wrong(report)
-    assert 'provenance.json seeds: 3, in the records 2' in found # rows use the seeds that are known: the one of before
+    assert 'provenance.json seeds: 3, in the records 2' in found and 'table2.csv row 1' in found
 
 @pytest.mark.parametrize('module', ['training', 'mining', 'encoders'])
 def test_a_moved_version_is_named(report, module, monkeypatch):

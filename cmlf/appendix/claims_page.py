@@ -220,9 +220,13 @@ _LINES = [
     'With one seed, an interval is over clips and sources alone, so it is too narrow, and the verdict '
     'is always "cannot tell".']
 
-def _not_run(names, every) -> list: # of notes
-    if not len(names): return []
-    return [f'Not run: {"all lines" if len(names) == len(every) else "; ".join(names)}.']
+def _not_run(frame, names) -> list: # of notes; names of all lines
+    left = names[frame.seeds == 0]
+    if not len(left): return []
+    return [f'Not run: {"all lines" if len(left) == len(frame) else "; ".join(left)}.']
+
+def _line_notes(frame, names=None): # of a table in which every line is tested
+    return [*_LINES, *_not_run(frame, frame.comparison if names is None else names)]
 
 class ClaimsReport(Report):
     "The report of the claims: arguments as those of a `Report`, without the number."
@@ -265,15 +269,14 @@ def show_all_claims(self:ClaimsReport) -> pd.DataFrame:
 @patch
 def show_comparisons(self:ClaimsReport) -> pd.DataFrame:
     "All comparisons that were run, written as `comparisons`."
-    found = self.tested[self.tested.seeds > 0]
+    known, names = self.tested.seeds > 0, self.tested.claim + ' ' + self.tested.comparison
+    found = self.tested[known]
     if len(found):
-        names = found.claim + ' ' + found.comparison
-        self.figure(forest_figure(found, names), 'forest', 'Effects in R@1 with 95 % intervals over '
+        self.figure(forest_figure(found, names[known]), 'forest', 'Effects in R@1 with 95 % intervals over '
                     'seeds, clips and sources. Diamonds: the paper.')
-    names = self.tested.claim + ' ' + self.tested.comparison
     return self.put('comparisons', 'All comparisons', found, pretty_effects(found), [
         'Only lines that decide a claim have a verdict; their p-values are corrected together (Holm).',
-        *_not_run(names[self.tested.seeds == 0], names)])
+        *_not_run(self.tested, names)])
 
 @patch
 def show_power(self:ClaimsReport) -> pd.DataFrame:
@@ -294,8 +297,7 @@ def show_variants(self:ClaimsReport) -> pd.DataFrame:
                 'Variants of stage 3 against random batches in stage 3.')
     return self.put('variants', 'Variants of stage 3', frame, pretty_variants(frame), [
         'After the last epoch, against random batches in stage 3, from the same model after stage 2 '
-        'with the same number of updates.', *_LINES,
-        *_not_run(frame[frame.seeds == 0].comparison, frame)])
+        'with the same number of updates.', *_line_notes(frame)])
 
 @patch
 def show_ways(self:ClaimsReport) -> pd.DataFrame:
@@ -306,8 +308,7 @@ def show_ways(self:ClaimsReport) -> pd.DataFrame:
     return self.put('ways', 'Ways to train, against joint training', frame, pretty_variants(frame).rename(
         columns={'Stage 3': 'Training'}), [
         'With as many updates as joint training; audio encoder from scratch. "Random to the end" is joint '
-        'training with other random numbers, so its effect is chance.', *_LINES,
-        *_not_run(frame[frame.seeds == 0].comparison, frame)])
+        'training with other random numbers, so its effect is chance.', *_line_notes(frame)])
 
 _SHOWN = {'joint': Point('baseline'), 'after stage 2': Point('stages12', chm=True),
           **{name: variant_point(name) for name in (
@@ -328,7 +329,7 @@ def show_choices(self:ClaimsReport) -> pd.DataFrame:
     frame = test_choices(self.exp, self.seeds)
     return self.put('choices', 'Choices that the paper leaves open', frame, pretty_choices(frame), [
         'One setting changed, against the same run without the change; choices are trained only if '
-        '--only names them.', *_LINES, *_not_run(frame[frame.seeds == 0].comparison, frame)])
+        '--only names them.', *_line_notes(frame)])
 
 @patch
 def show_norms(self:ClaimsReport) -> pd.DataFrame:
@@ -339,8 +340,8 @@ def show_norms(self:ClaimsReport) -> pd.DataFrame:
                 'Hard against random batches in stage 3, by normalisation of the audio encoder.')
     return self.put('norms', 'Hard batches and normalisation', frame, pretty_normalisations(frame), [
         'After the last epoch of stage 3, hard against random batches with the same normalisation and the '
-        'same rate, from the same model after stage 2. Trained only if --only names them.', *_LINES,
-        *_not_run(names[frame.seeds == 0], frame)])
+        'same rate, from the same model after stage 2. Trained only if --only names them.',
+        *_line_notes(frame, names)])
 
 @patch
 def show_sizes(self:ClaimsReport) -> pd.DataFrame:
