@@ -376,8 +376,8 @@ PROFILES = {p.name: p for p in [
                    stage_split=(1, 1, 1), text_lr=3e-4, text_frozen=4, pretrain_epochs=6,
                    pretrain_scenes=600),
     _small.replace(name='field', source='recordings', n_train=2000, n_val=250, n_test=500,
-                   subset=250, seconds=6.0, width=16, epochs=18, stage_split=(8, 4, 6),
-                   pretrain_epochs=8, pretrain_scenes=2000),
+                   subset=250, seconds=6.0, width=12, epochs=6, stage_split=(8, 4, 6),
+                   text_lr=3e-4, text_frozen=4, pretrain_epochs=8, pretrain_scenes=2000),
     Profile()]}
 
 # %% ../nbs/01_config.ipynb #51a84f07
