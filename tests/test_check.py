@@ -192,8 +192,8 @@ def test_an_edited_provenance_is_named(report):
 def test_a_report_without_ranks_is_an_error_if_it_is_asked_for(report, capsys):
     shutil.rmtree(report/'ranks')
     with pytest.raises(CmlfError, match='small: no ranks are committed; nothing can be checked'): check_all(out=str(report))
-    assert run_command(['reproduce', '--check', '--profile', 'field']) == 2
-    assert capsys.readouterr().err == 'cmlf: field: no ranks are committed; nothing can be checked\n'
+    assert run_command(['reproduce', '--check', '--out', str(report)]) == 2
+    assert capsys.readouterr().err == 'cmlf: small: no ranks are committed; nothing can be checked\n'
 
 def test_the_command_fails_with_a_line_per_difference(report, capsys):
     edit(report/'table2.csv', lambda f: add(f, 't2a_r1', 5))

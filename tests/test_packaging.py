@@ -104,7 +104,7 @@ def at_head_csv(path): return pd.read_csv(io.StringIO(at_head(path)))
 def test_readme_shows_the_numbers_of_the_report(profile):
     readme, table = at_head('README.md'), at_head_csv(f'reports/{profile}/table1.csv')
     def number(row, name): # R@1 of several seeds with its standard deviation
-        sd = f' ± {row[f"{name}_sd"]:.1f}' if name.endswith('_r1') and f'{name}_sd' in table else ''
+        sd = f' ± {row[f"{name}_sd"]:.1f}' if name.endswith('_r1') and pd.notna(row.get(f'{name}_sd')) else ''
         return f'{row[name]:.1f}{sd}'
     for _, row in table.iterrows():
         cells = [' / '.join(number(row, f'{d}_r{k}') for k in (1, 5, 10)) for d in ('t2a', 'a2t')]
