@@ -365,7 +365,8 @@ def near_duplicates(x, # (N, d) vectors
                         f'not {threshold!r}')
     label = group_labels(groups, len(x), x.device)
     if label is None: label = torch.arange(len(x), device=x.device)
-    return _joined(x, float(threshold), label).unique(return_inverse=True)[1].cpu().numpy()
+    # rounding gives equal float32 vectors a cosine a little below 1
+    return _joined(x, threshold - 1e-6, label).unique(return_inverse=True)[1].cpu().numpy()
 
 def largest_group(labels, # (N,) labels
                  ) -> int:

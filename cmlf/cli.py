@@ -67,7 +67,8 @@ def _reproduce_command(
     out:str = typer.Option('', help='folder of the report (default: reports/PROFILE)'),
     set_:list[str] = _SET,
     only:str = typer.Option('', help="train only runs with these names, for example "
-                                     "'*scratch* ce*'; other rows show a dash"),
+                                     "'*scratch* ce*', and what they start from; other rows show "
+                                     'a dash'),
     jobs:int = typer.Option(0, help='runs at a time (default: one per GPU; on a CPU several, if '
                                     'the encoder is narrow)'),
     cluster:str = typer.Option('', help='train on a dask cluster: address of its scheduler, or '

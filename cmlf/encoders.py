@@ -406,6 +406,7 @@ def save(self:DualEncoder, folder) -> None:
     self.text.save(folder/'text')
     weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
     with atomic_path(folder/'model.safetensors') as tmp: save_file(weights, tmp)
+    (folder/'small.safetensors').unlink(missing_ok=True) # of a small model that was here
     write_json(folder/'encoders.json', dict(
         audio={k: getattr(self.audio, k) for k in _AUDIO_SETTINGS[kind]}, **_sizes(self),
         files={f: file_hash(folder/f) for f in names}, kind=kind))

@@ -25,9 +25,10 @@ from .appendix.card import write_card
 from .appendix.distributed import agree, from_first, processes, rank
 from .appendix.experts import (encoder_words, extract, load_expert, load_words,
                                    own_experts)
-from .appendix.resume import only_one
+from .appendix.resume import only_one, seconds_before
 from .baselines import CE, CESettings, ranger, train_ce
-from .config import COMPOSED, HALVES, VECTORS, Profile, clap_name, expert_files, get_profile, pick
+from .config import (COMPOSED, HALVES, PROFILES, VECTORS, Profile, clap_name, expert_files,
+                         pick)
 from .core import (CmlfError, absolute, atomic_path, autocast, content_hash, device, log, one_of,
                        path_hash, precision, read_json, read_npy, rng, seed_everything)
 from .data import SPLITS, read_relevance
@@ -66,7 +67,8 @@ class Experiment(RunStore):
 
     def arguments(self) -> tuple:
         "The arguments that create the same experiment in another process."
-        return self.profile, str(self.runs), self.events, self.data, ' '.join(self.only), self.keep
+        return (self.profile, str(self.runs), self.events, self.data, ' '.join(self.only),
+                self.keep, self.ranks)
 
 # %% ../nbs/14_experiments.ipynb #6648af1c
 def _check_files(p):
@@ -153,6 +155,9 @@ def prepare(self:Experiment, specs:list):
     for model in models: self.check_captions(model.text)
     for split in SPLITS:
         if split not in self.corpus.splits: self.corpus.split(split) # raises an error
+    if n := self.profile.corpus.subset:
+        clips = len(self.corpus.split('test').clips)
+        if n > clips: raise CmlfError(f'setting subset={n}: the test set has only {clips} clips')
     if len(specs) > 1:
         for model, split in product(models, self.corpus.splits):
             self.store(self.corpus.split(split), model.front_end(self.profile.audio.hop))
@@ -241,7 +246,7 @@ def fit(self:Experiment, spec:RunSpec, folder:Path, log) -> dict:
     if spec.system in HALVES:
         train = train.only(halves(len(train), spec.seed)[HALVES.index(spec.system)])
     trainer = Trainer(model, train, val, p, stages, spec.seed, vectors, test,
-                      folder/'checkpoint', log=log, first=first_stage(spec))
+                      folder/'checkpoint', log=log, first=first_stage(spec), key=self.key(spec))
     history = pd.DataFrame(trainer.fit())
     facts = _facts(trainer, history, test) | dict(vector_minutes=seconds / 60)
     if spec.system == 'stage3': history = _after(self.start(spec), facts, history)
@@ -343,10 +348,13 @@ def given_vectors(self:Experiment, source:str, # folder of a saved model, or a .
     return e, 0.
 
 # %% ../nbs/14_experiments.ipynb #55ca69b1
+def _start(folder): # when the run would have started if it had not been interrupted
+    return time.time() - seconds_before(folder/'checkpoint')
+
 @patch
 def pretrain(self:Experiment, spec:RunSpec, folder:Path, log) -> dict:
     "Pre-train an audio encoder on tagged scenes; returns entries for `run.json`."
-    p, start = run_profile(self.profile, spec), time.time()
+    p, start = run_profile(self.profile, spec), _start(folder)
     t, scenes = p.tagger, tagging_corpus(p, self.events or None)
     train, held_out = scenes.split('train'), scenes.split('val')
     seed_everything(int(rng(spec.seed, 'weights').integers(2**31)))
@@ -371,7 +379,7 @@ EXPERT_TOKENS = dict(audio=(10, 128), vggsound=(32, 512))
 @patch
 def fit_experts(self:Experiment, spec:RunSpec, folder:Path, log) -> dict:
     "Write the features of all clips to `experts.npz`; returns entries for `run.json`."
-    p, start, nets = self.profile.experts, time.time(), None
+    p, start, nets = self.profile.experts, _start(folder), None
     if not p.expert_features:
         scenes = tagging_corpus(self.profile, self.events or None).split('train')
         nets = own_experts(scenes, p.expert_width, p.expert_epochs, spec.seed,
@@ -402,7 +410,7 @@ def _features_on_disk(text, part):
 @patch
 def fit_ce(self:Experiment, spec:RunSpec, folder:Path, log) -> dict:
     "Train CE or MoEE; returns entries for `run.json`."
-    p, start = self.profile.ce, time.time()
+    p, start = self.profile.ce, _start(folder)
     parts = {s: self.corpus.split(s) for s in SPLITS}
     words = (load_words(p.words, self.corpus.captions) if p.words
              else encoder_words(TextEncoder(self.profile.text.text_model)))
@@ -467,7 +475,9 @@ def _train_on(data, profile, out, system, chm, seed):
 
 def _say_unread(profile, spec): # one line about changed settings that this run does not read
     groups = 'batches curriculum ce experts'
-    usual, read = pick(get_profile(profile.name), groups), run_config(profile, spec)
+    # a profile made in Python may have a name of its own
+    usual = pick(PROFILES.get(profile.name, Profile()), groups)
+    read = run_config(profile, spec)
     names = [k for k, v in pick(profile, groups).items() if k not in read and v != usual[k]]
     if names: log(f'{", ".join(names)}: not read by {spec.name} (system={spec.system}, '
                   f'chm={str(spec.chm).lower()})')

@@ -377,8 +377,8 @@ def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1,
     for n in tables: check_before(notebook_of(n), asked)
     exp.train_all(wanted, jobs, cluster)
     call_all({f'table {n}': (_make_table, n, asked) for n in tables}, min(jobs, len(tables)))
-    if set(tables) != {'claims'} or not (out/'provenance.json').exists():
-        write_provenance(out) # of the tables; claims alone leave it as it is
+    if set(tables) != {'claims'} or not any((out/f'table{n}.json').exists() for n in (1, 2, 3)):
+        write_provenance(out) # claims alone leave that of tables as it is
     return write_index(out)
 
 # %% ../nbs/16_report.ipynb #2b22521c
@@ -396,6 +396,7 @@ def against_committed(out # folder of a report
 # %% ../nbs/16_report.ipynb #43e5b29c
 def _moved(old, new): # {row: points of T2A R@1}
     labels = ['system', 'audio_encoder', 'chm']
+    if 't2a_r1' not in new: return {} # no run
     both = old.fillna('').merge(new.fillna(''), on=labels, suffixes=('_old', '_new'))
     return {' '.join(filter(None, (r[k] for k in labels))):
             float(r.t2a_r1_new) - float(r.t2a_r1_old)

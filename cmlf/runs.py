@@ -329,11 +329,16 @@ def allows(self:RunStore, spec:RunSpec) -> bool:
 @patch
 def run(self:RunStore, spec:RunSpec) -> Run:
     "The run of `spec`, from the store or trained now, after its parents; `NotRun` if left out."
-    done = self.run_folder(spec)
     if not self.allows(spec):
         raise NotRun(f'run {spec.name} is left out by only={" ".join(self.only)!r}')
+    return self.obtain(spec)
+
+@patch
+def obtain(self:RunStore, spec:RunSpec) -> Run:
+    "As `run`, whatever `only` says: also what a run of `only` starts from."
+    done = self.run_folder(spec)
     if not from_first(is_done, self, spec):
-        for parent in self.parents(spec): self.run(parent)
+        for parent in self.parents(spec): self.obtain(parent)
         done.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(done.with_name(done.name + '.lock'))
         with contextlib.nullcontext() if rank() else lock:
@@ -367,9 +372,14 @@ def _train(self:RunStore, spec, partial):
 def keep_ranks(self:RunStore, spec):
     "Write the ranks of a finished run, if they are to be kept and are not yet there."
     if not self.keep: return
-    run = Run(self.run_folder(spec))
-    if not (Path(self.keep)/f'{run.folder.name}.npz').exists():
-        save_ranks(run, self.keep, self.profile.corpus.subset)
+    run, subset = Run(self.run_folder(spec)), self.profile.corpus.subset
+    if not _has_ranks(Path(self.keep)/f'{run.folder.name}.npz', subset):
+        save_ranks(run, self.keep, subset)
+
+def _has_ranks(path, subset): # whether a file of ranks is there, with those on the first clips too
+    if not path.exists(): return False
+    metadata, _, results = read_ranks(path)
+    return not results or rank_key(metadata['stages'], subset) in results
 
 # %% ../nbs/13_runs.ipynb #a0045fd2
 def _written(folder): # when its newest file was written
@@ -423,7 +433,7 @@ def jobs_for(profile:Profile,
 @patch
 def arguments(self:RunStore) -> tuple:
     "The arguments that create the same store in another process."
-    return self.profile, str(self.runs), ' '.join(self.only), self.keep
+    return self.profile, str(self.runs), ' '.join(self.only), self.keep, self.ranks
 
 @lru_cache(1)
 def _open_store(cls, *arguments): return cls(*arguments) # cached: a process loads its corpus once
@@ -434,7 +444,7 @@ def _train_one(cls, arguments, spec, key, parents):
         raise CmlfError('this process reads other data than the command that started it: the corpus'
                         ' and all files named in settings should be the same, under the same paths')
     for parent in parents: wait_for(store.run_folder(parent))
-    store.run(spec)
+    store.obtain(spec)
 
 # %% ../nbs/13_runs.ipynb #42651972
 def wait_for(folder:Path, # of a run that another machine has finished
@@ -448,7 +458,7 @@ def wait_for(folder:Path, # of a run that another machine has finished
 
 # %% ../nbs/13_runs.ipynb #e1974e45
 def _task(store, spec, parents, here):
-    call = (store.run, (spec,)) if here else (
+    call = (store.obtain, (spec,)) if here else (
         _train_one, (type(store), store.arguments(), spec, store.key(spec), parents))
     name = lambda s: f'{store.profile.name} {s.name}'
     place = content_hash(str(store.run_folder(spec))) # runs of the same place are the same run

@@ -164,7 +164,7 @@ class Hit:
 
 def clock(seconds:float) -> str:
     "0:04.5 or 1:02:03, for people."
-    m, s = divmod(round(seconds, 1), 60)
+    m, s = divmod(round(seconds, 1 if seconds < 3600 else 0), 60)
     h, m = divmod(int(m), 60)
     return f'{h}:{m:02d}:{s:02.0f}' if h else f'{m}:{s:04.1f}'
 

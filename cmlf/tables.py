@@ -84,15 +84,16 @@ def runs_needed(exp:Experiment,
                 numbers, # of tables
                 seeds:int, # how many, from 0
                 allowed=None, # function spec -> bool; None: runs that are stored or in `only`
+                known=is_known, # (exp, spec) -> bool, whether the results of a run are here
                ) -> list:
     "Specs of all runs that the tables need, each once, after its parents."
     allowed, wanted = allowed or exp.allows, []
     def add(spec):
-        if not allowed(spec): return
-        for parent in exp.parents(spec): add(parent)
+        for parent in exp.parents(spec): # a run that is trained needs them even if they are left out
+            if allowed(parent) or not known(exp, spec): add(parent)
         if spec not in wanted: wanted.append(spec)
     for seed, row in itertools.product(range(seeds), [r for r in ROWS if r.table in numbers]):
-        add(spec_of(exp, row, seed))
+        if allowed(spec := spec_of(exp, row, seed)): add(spec)
     return wanted
 
 # %% ../nbs/15_tables.ipynb #d0849d3e
@@ -128,7 +129,7 @@ def _planned(exp, numbers, seeds): # (spec, whether it is stored) per run
     if exp.data or exp.profile.corpus.source in COMPOSED:
         return [(s, is_known(exp, s)) for s in runs_needed(exp, numbers, seeds)]
     log('no --data: the plan is for all of AudioCaps, and counts every run as not yet trained')
-    return [(s, False) for s in runs_needed(exp, numbers, seeds, allowed=lambda spec: True)]
+    return [(s, False) for s in runs_needed(exp, numbers, seeds, exp.selects, lambda *_: False)]
 
 # %% ../nbs/15_tables.ipynb #641a0099
 def _resources(p, per, sizes): # one line of text

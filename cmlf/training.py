@@ -218,11 +218,13 @@ class Trainer:
                  checkpoint=None, # folder to write the state to, and to resume from
                  save_every:float=30., # seconds between checkpoints
                  first:int=0, # stages before this one are not trained: `model` comes from them
-                 log=log): # called with one line per epoch
+                 log=log, # called with one line per epoch
+                 key=''): # of the run that the checkpoint is for; '': it depends on all settings
         self.stages, self.seed, self.vectors, self.log = stages, seed, vectors, only_first(log)
         self.dev, self.stage, self.epoch = device(), first, 0
         self.position, self.losses = 0, [] # batches of this epoch that are done
         self.states = [] # of the random numbers there, if the epoch is resumed
+        self.spent = 0. # seconds of this epoch before
         self.model, self.profile = model, profile
         self.train, self.val, self.test = (
             pairs and replace(pairs, store=for_device(pairs.store, self.dev))
@@ -230,8 +232,8 @@ class Trainer:
         self.history, self.stage_outputs, self.best = [], [], dict(val=-1.0)
         self.optimiser = self.loss = self.teacher = self.own_vectors = None
         self.precision = precision(profile.optimiser.amp, self.dev)
-        plan = repr(without_defaults((stages, seed, profile, len(train))))
-        self.checkpoint = Checkpoint(checkpoint, plan, save_every, self.log)
+        plan = key or repr(without_defaults((stages, seed, profile, len(train))))
+        self.checkpoint = Checkpoint(checkpoint, plan, save_every, self.log, restart=bool(key))
         model.to(self.dev)
         _check_trainer(self)
         agree(plan, 'run')
@@ -486,9 +488,9 @@ def fit(self:Trainer) -> list:
 @patch
 def train_epoch(self:Trainer):
     "Train one epoch, score it, keep its weights if they are the best so far, and record it."
-    start = time.monotonic()
+    self.start = start = time.monotonic() - self.spent
     loss = self.one_epoch()
-    self.epoch += 1
+    self.epoch, self.spent = self.epoch + 1, 0.
     trained = time.monotonic() - start
     scores = self.score()
     self.keep_if_best(scores)
@@ -515,11 +517,12 @@ def record(self:Trainer, loss:float,
 
 # %% ../nbs/11_training.ipynb #408f3db4
 _STATE = ('best', 'stage_outputs', 'stage', 'epoch', 'position', 'history', 'precision', 'teacher',
-          'own_vectors')
+          'own_vectors', 'spent')
 
 @patch
 def save(self:Trainer):
     "Write all state that the next steps depend on to the checkpoint."
+    self.spent = time.monotonic() - self.start if self.position else 0.
     self.checkpoint.save(model=self.model.state_dict(), optimiser=self.optimiser.state_dict(),
                          losses=torch.stack(self.losses) if self.losses else None,
                          random=random_states(), **{name: getattr(self, name) for name in _STATE})
@@ -527,13 +530,15 @@ def save(self:Trainer):
 @patch
 def resume(self:Trainer) -> dict|None:
     "Restore the state from the checkpoint; None if there is none."
-    state = self.checkpoint.load(self.dev)
+    # to the CPU, where results are kept; what belongs on a GPU is moved there as it is loaded
+    state = self.checkpoint.load('cpu')
     agree(state and (state['stage'], state['epoch'], state['position']), 'place of the checkpoint')
     if state is None: return None
     self.model.load_state_dict(state['model'])
     now = self.precision
     for name in _STATE: setattr(self, name, state[name])
-    if self.position: self.losses, self.states = list(state['losses']), state['random']
+    if self.position:
+        self.losses, self.states = list(state['losses'].to(self.dev)), state['random']
     at = f', batch {self.position} of the next' * bool(self.position)
     self.log(f'resumed after stage {self.stage + 1}, epoch {self.epoch}{at}')
     if self.precision != now: self.log(f'started in {self.precision}, continues in {now}')
@@ -602,6 +607,8 @@ def fit_tagger(encoder, # with `n_out`: (B, ...) -> (B, n_out) or (B, tokens, n_
         seed_everything(seed)
         head = nn.Linear(encoder.n_out, tags.shape[1])
     encoder.to(dev).train(); head.to(dev)
+    if epochs < 1:
+        raise CmlfError(f'{recipe.name}: {epochs} epochs; give 1 or more (pretrain_epochs, expert_epochs)')
     used = len(tags) - len(tags) % batch if recipe.drop_last else len(tags)
     if not used: raise CmlfError(f'{len(tags)} tagged scenes do not fill a batch of {batch}')
     optimiser = recipe.optimiser([*encoder.parameters(), *head.parameters()], lr=lr)

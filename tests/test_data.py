@@ -436,6 +436,15 @@ def test_audiocaps_clips_of_another_length_get_a_remark(tmp_path):
     assert c.waveform(0).shape == (16000,) and not c.waveform(0)[-3000:].any()
 
 
+def test_a_file_that_could_not_be_read_is_probed_again(tmp_path, monkeypatch):
+    tone(tmp_path/'a.wav')
+    def fail(path): raise PermissionError(13, 'Permission denied', str(path))
+    with monkeypatch.context() as m:
+        m.setattr(probes, 'file_hash', fail)
+        assert probes.probe_files([tmp_path/'a.wav'], tmp_path/'probes')[0]['error'] == 'Permission denied'
+    assert not probes.probe_files([tmp_path/'a.wav'], tmp_path/'probes')[0]['error']
+
+
 def test_files_are_probed_once_and_again_when_they_change(tmp_path, monkeypatch):
     root = csv_files(tmp_path/'a')
     probed = []

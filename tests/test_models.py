@@ -135,7 +135,7 @@ def test_damaged_files_of_every_kind_are_named(kind, tmp_path):
 
 class Stop(Exception): pass
 
-def trainer(kind, checkpoint=None, stop=0, **settings):
+def trainer(kind, checkpoint=None, stop=0, key='', **settings):
     "Three stages, the first and the last on mined batches; after `stop` lines of its log it is interrupted."
     model, lines = new(kind, train_word_table=False, **settings), []
     def log(line):
@@ -144,7 +144,7 @@ def trainer(kind, checkpoint=None, stop=0, **settings):
     stages = [Stage('easy', 'audio', 2), Stage('random', 'text', 1), Stage('hard', 'both', 2, True)]
     vectors = np.random.default_rng(0).normal(size=(8, 5))
     return Trainer(model, split(model, 8), split(model, 6, 1), tiny(kind, **settings), stages, 3, vectors, split(model, 5, 2), checkpoint,
-                   save_every=0., log=log)
+                   save_every=0., log=log, key=key)
 
 def test_interrupted_training_resumes_bit_for_bit(kind, tmp_path):
     whole = trainer(kind)
@@ -157,6 +157,23 @@ def test_interrupted_training_resumes_bit_for_bit(kind, tmp_path):
     for a, b in zip(part.stage_outputs, whole.stage_outputs, strict=True):
         assert torch.equal(a['audio'], b['audio']) and torch.equal(a['text'], b['text'])
     assert [h['val'] for h in part.history] == [h['val'] for h in whole.history]
+
+def test_results_of_a_resumed_run_stay_on_the_cpu(kind, tmp_path):
+    "As in a run that was not interrupted, whatever device trains."
+    with pytest.raises(Stop): trainer(kind, tmp_path, 7).fit()
+    resumed = trainer(kind, tmp_path)
+    resumed.dev = torch.device('meta')
+    resumed.resume()
+    kept = [x for o in resumed.stage_outputs for x in o.values() if torch.is_tensor(x)]
+    assert kept and all(x.device.type == 'cpu' for x in kept)
+
+def test_a_run_with_a_key_resumes_whatever_else_changes(tmp_path):
+    with pytest.raises(Stop): trainer('cnn14', tmp_path, 3, key='k').fit()
+    assert trainer('cnn14', tmp_path, key='k', ce_epochs=7).resume()['epoch'] == 1
+    lines, other = [], trainer('cnn14', tmp_path, key='another')
+    other.checkpoint.say = lines.append
+    assert other.resume() is None and 'the run starts again' in lines[0]
+    with pytest.raises(CmlfError, match='another run'): trainer('cnn14', tmp_path).resume()
 
 def test_a_frozen_encoder_is_computed_once_and_gives_the_same(kind):
     "Cached outputs of a frozen encoder, and an encoder that is frozen but computed in each step, without dropout."

@@ -1,9 +1,12 @@
 "Tables of the smoke runs: costs, scores after each stage, intervals and standard deviations."
+import pandas as pd
 import pytest
 
 from cmlf.config import get_profile
 from cmlf.experiments import Experiment
-from cmlf.tables import table
+from cmlf.appendix.claims_page import power_table, pretty_power
+from cmlf.appendix.figures import size_figure, stage_figure
+from cmlf.tables import runs_needed, table
 
 @pytest.fixture(scope='module')
 def smoke_runs(): return Experiment(get_profile('smoke'))   # the notebooks share these runs
@@ -31,3 +34,17 @@ def test_one_seed_has_intervals_and_two_have_deviations(smoke_runs):
     assert one[['t2a_r50', 'a2t_map10']].notna().all(axis=None)
     two = table(smoke_runs, 2, seeds=2)
     assert two.t2a_r1_sd.notna().all()
+
+def test_a_run_of_only_is_trained_after_what_it_starts_from(tmp_path):
+    exp = Experiment(get_profile('smoke'), tmp_path, only='*scratch* ce*')
+    names = [s.name for s in runs_needed(exp, [1, 2, 3], 1)]
+    assert names.index('experts-b8-s0') < names.index('ce-b8-s0') and not any('moee' in n or 'pretrained' in n for n in names)
+
+def test_figures_of_tables_without_runs_are_empty(tmp_path):
+    exp = Experiment(get_profile('smoke'), tmp_path, only='nothing')
+    for n, figure in ((2, stage_figure), (3, size_figure)): assert figure(table(exp, n)).axes
+
+def test_one_seed_says_nothing_about_what_seeds_could_tell():
+    row = dict(claim='C2', comparison='mined over random', paper_t2a=.5, t2a_sd_clips=2., t2a_sd_seeds=float('nan'))
+    found = pretty_power(power_table(pd.DataFrame([row]), 250)).iloc[0]
+    assert all(found[c] == '–' for c in ('found with 1 seed', 'with 5 seeds', 'clips needed, 5 seeds', 'could be noise'))

@@ -108,19 +108,22 @@ def power_table(frame:pd.DataFrame, # from `test_comparisons`
 def clips_for(gap:float, sd_clips:float, sd_seeds:float, seeds:int, clips:int) -> float:
     "Test clips that tell the gap from zero with these seeds; infinite if seeds are too few."
     left = (gap / detectable(0, 1, 1)) ** 2 - sd_seeds**2 / seeds
+    if np.isnan(left): return left # one seed
     return float(np.ceil(clips * sd_clips**2 / left)) if left > 0 else float('inf')
 
 def pretty_power(frame:pd.DataFrame) -> pd.DataFrame:
     "The table for reading."
-    number = lambda x: 'no number' if np.isinf(x) else f'{x:,.0f}'
-    noise = frame.Paper.abs() < frame['found with 1 seed']
+    # one seed says nothing about the spread of seeds
+    points = lambda x: '–' if np.isnan(x) else f'{x:.1f}'
+    number = lambda x: '–' if np.isnan(x) else 'no number' if np.isinf(x) else f'{x:,.0f}'
+    found = frame['found with 1 seed']
+    noise = np.where(frame.Paper.abs() < found, 'yes', 'no')
     return frame.assign(**{
         'Paper': frame.Paper.map('{:+.1f}'.format),
-        'found with 1 seed': frame['found with 1 seed'].map('{:.1f}'.format),
-        'with 5 seeds': frame['with 5 seeds'].map('{:.1f}'.format),
+        'found with 1 seed': found.map(points), 'with 5 seeds': frame['with 5 seeds'].map(points),
         'seeds needed': frame['seeds needed'].map(number),
         'clips needed, 5 seeds': frame['clips needed, 5 seeds'].map(number),
-        'could be noise': np.where(noise, 'yes', 'no')})
+        'could be noise': np.where(found.isna(), '–', noise)})
 
 # %% ../../nbs/appendix/claims_page.ipynb #7c48f287
 def test_variants(exp:Experiment, seeds:int, audio:str='scratch') -> pd.DataFrame:

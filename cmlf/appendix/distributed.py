@@ -197,7 +197,8 @@ class Rows:
         self.lengths = None if lengths is None else lengths[rows]
 
     def __len__(self): return len(self.rows)
-    def __getitem__(self, i): return self.inputs[self.rows[i]]
+    # an array of one index keeps its axis, a tensor of one would not
+    def __getitem__(self, i): return self.inputs[self.rows[np.asarray(i)]]
 
 def share_of(inputs, # `inputs[indices]` -> a batch
              n:int, # number of inputs

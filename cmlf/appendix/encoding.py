@@ -58,16 +58,19 @@ def _windows_in(f, seconds):
         yield from _cut(as_mono(np.concatenate(blocks), rate), some[0], some, length, seconds)
 
 # %% ../../nbs/appendix/encoding.ipynb #2faf2bd6
+def _floats(x): # whole numbers stay, so that `as_mono` refuses them: their full scale is unknown
+    x = np.asarray(x)
+    return x if x.dtype.kind in 'iu' else x.astype(np.float32)
+
 def _waveform(sound):
     if isinstance(sound, dict):
         if not {'array', 'sampling_rate'} <= set(sound):
             raise CmlfError(f'sound with the keys {", ".join(map(str, sound))}: '
                             'should have array and sampling_rate')
-        array = np.asarray(sound['array'])
         # datasets have (samples,) or (channels, samples)
-        return as_mono(array.T.astype(np.float32), int(sound['sampling_rate']))
+        return as_mono(_floats(sound['array']).T, int(sound['sampling_rate']))
     if torch.is_tensor(sound): sound = sound.detach().cpu().numpy()
-    return as_mono(np.asarray(sound).astype(np.float32), SAMPLE_RATE)
+    return as_mono(_floats(sound), SAMPLE_RATE)
 
 def windows_of(sound, # path of a file; waveform (samples,) at 32 kHz; or dict(array, sampling_rate)
                seconds:float, # of a window
@@ -114,8 +117,9 @@ def _as_in_evaluation(model):
     "Eval mode, float32, no gradients."
     training = model.training
     model.eval()
-    with torch.inference_mode(), fast_linear(): yield
-    model.train(training)
+    try:
+        with torch.inference_mode(), fast_linear(): yield
+    finally: model.train(training)
 
 def _unit(x): return nn.functional.normalize(x.float(), dim=-1)
 

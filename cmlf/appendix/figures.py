@@ -40,7 +40,8 @@ def batch_figure(e:np.ndarray, # (N, d) unit ancillary vectors
 
 # %% ../../nbs/appendix/figures.ipynb #07d40db1
 def _numbers(frame, column): # a missing number is a gap
-    return pd.to_numeric(frame[column], errors='coerce').astype(float)
+    found = frame.get(column, pd.Series(np.nan, frame.index)) # no run: no column
+    return pd.to_numeric(found, errors='coerce').astype(float)
 
 def _stage_lines(ax, part, direction, colour): # of one start of the audio encoder
     stage, name = part.stage.astype(int), part.audio_encoder.iloc[0]

@@ -197,7 +197,8 @@ def probe_files(paths, # sound files
         f.write('\n')  # in case an interrupted run has left an incomplete line
         for key, result in zip(new, pool.map(probe, (k[2] for k in new), (k[1] for k in new))):
             known[key] = result
-            f.write(json.dumps([*key, result]) + '\n')
+            # what kept a file from being read may pass and leave size and time as they are
+            if result['sha256']: f.write(json.dumps([*key, result]) + '\n')
             bar.step()
     return [dict(bytes=key[3], **known[key]) for key in keys]
 

@@ -56,8 +56,9 @@ def shrink(folder, # of a saved model
 
 def read_weights(folder) -> dict:
     "All weights of a saved model, whether it is small or not."
-    small = (Path(folder)/_SMALL).exists()
-    path = Path(folder)/(_SMALL if small else _WHOLE)
+    folder = Path(folder)
+    small = _SMALL in read_json(folder/'encoders.json')['files']
+    path = folder/(_SMALL if small else _WHOLE)
     with usable(path): entries = load_file(path)
     if not small: return entries
     entries = {k: v.float() if v.is_floating_point() else v for k, v in entries.items()}

@@ -20,7 +20,8 @@ SUFFIXES = {'.' + s for s in 'wav flac mp3 ogg oga opus aif aiff aifc au snd caf
 def _no_file(path): # why a path is not a regular file, or ''
     try: mode = os.stat(path).st_mode
     except OSError as e: return f'{e.strerror.lower()}' if not os.path.islink(path) else 'a dead link'
-    return '' if stat.S_ISREG(mode) else 'not a regular file'
+    if not stat.S_ISREG(mode): return 'not a regular file'
+    return '' if os.access(path, os.R_OK) else 'permission denied'
 
 def sound_files(folder, # searched with all folders below it
                 but:Path|None=None, # a folder that is left out
