@@ -34,7 +34,7 @@ class Layout:
     folders:dict=field(default_factory=lambda: SPLIT_NAMES)  # {word in its name: split or source}
 
 # %% ../nbs/04_layouts.ipynb #171a1a51
-# if the tables are in one of these folders, the sound is beside this folder, not inside
+# if the tables are in one of these folders, the sound is inside or beside it
 _TABLE_FOLDERS = ('csv_files', 'csv_files_v1', 'csv_files_v2', 'dataset', 'dataset2.0',
                   'clotho_csv_files', 'json_files')
 _SOUND_FOLDERS = ('waveforms', 'audio', 'wavs', f'audio_{SAMPLE_RATE}Hz', 'audio_*Hz',
@@ -42,8 +42,8 @@ _SOUND_FOLDERS = ('waveforms', 'audio', 'wavs', f'audio_{SAMPLE_RATE}Hz', 'audio
 
 def _sound_folder(folder):
     "The folder with the sound of the tables in `folder`."
-    top = folder.parent if folder.name in _TABLE_FOLDERS else folder
-    return next((f for n in _SOUND_FOLDERS for f in sorted(top.glob(n))), top)
+    tops = [folder, folder.parent] if folder.name in _TABLE_FOLDERS else [folder]
+    return next((f for t in tops for n in _SOUND_FOLDERS for f in sorted(t.glob(n))), tops[-1])
 
 # %% ../nbs/04_layouts.ipynb #bdc59121
 _SAME_NAMES = {s: s for s in SPLITS}

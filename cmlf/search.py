@@ -6,7 +6,7 @@
 __all__ = ['INDEX_VERSION', 'read_captions', 'fingerprint', 'build_index', 'Hit', 'clock', 'Hits', 'SoundIndex']
 
 # %% ../nbs/17_search.ipynb #dd02dd21
-import base64, os, shutil, tempfile
+import base64, os, posixpath, shutil, tempfile
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +16,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .appendix.corpus_tables import read_rows, row_captions
+from .appendix.entries import usual_columns
 from .appendix.figures import write_mp3, write_spectrogram
 from .appendix.hub import model_folder
 from .appendix.nearest import build_nearest, faiss
@@ -37,17 +38,20 @@ def read_captions(path # csv, jsonl or parquet: path or file_name, and caption o
     "The captions of a folder of sounds."
     found = {}
     for where, row in read_rows(path):
+        row = usual_columns(row)
         name = row.get('path') or row.get('file_name')
         if not isinstance(name, str) or not name.strip():
             raise CmlfError(f'{where}: no file; the table needs a column path (or file_name) with '
                             'the file of each caption')
         captions = row_captions({k: v for k, v in row.items() if k.startswith('caption')}, where, True)
-        found.setdefault(name.strip().replace('\\', '/'), []).extend(captions)
+        found.setdefault(posixpath.normpath(name.strip().replace('\\', '/')), []).extend(captions)
     return found
 
 # %% ../nbs/17_search.ipynb #07ba398c
 def _matched(found, root, files, path): # {file: captions}, with a word about files that are not there
-    lost = [f for f in found if f not in set(files)]
+    inside = lambda f: Path(os.path.relpath(f, root)).as_posix() if os.path.isabs(f) else f
+    found, there = {inside(f): captions for f, captions in found.items()}, set(files)
+    lost = [f for f in found if f not in there]
     if lost and len(lost) == len(found):
         raise CmlfError(f'{path}: none of its files is in {root}, such as {lost[0]!r}; paths '
                         'should be relative to the folder')
@@ -68,7 +72,10 @@ def fingerprint(folder # of a model
 def _load(name): # (name as stored, fingerprint, model)
     folder = model_folder(name)
     stored = str(folder.resolve()) if os.path.isdir(name) else name
-    return stored, fingerprint(folder), DualEncoder.from_pretrained(folder)
+    model = DualEncoder.from_pretrained(folder)
+    # vectors depend on the length of the windows too
+    mark = content_hash([fingerprint(folder), model.seconds, model.hop])[:12]
+    return stored, mark, model
 
 # %% ../nbs/17_search.ipynb #2582d0b0
 def _part_name(part): # changes with every byte
@@ -92,9 +99,18 @@ def _write_part(folder, files, windows, vectors, texts, model):
         tmp.rename(folder/name)
     return name, dict(sounds=len(sounds), windows=len(vectors), captions=len(sentences), **facts)
 
-def _remove_old(folder, part):
+_PART = {'arrays.npz', 'nearest.faiss', 'sounds.json'}
+
+def _remove_old(folder, part): # what an index has written, and nothing of others
     for old in [*folder.glob('part-*'), *folder.glob('.part-*')]:
-        if old.name != part: shutil.rmtree(old, ignore_errors=True)
+        ours = old.is_dir() and {f.name for f in old.iterdir()} <= _PART and any(old.iterdir())
+        if ours and old.name != part: shutil.rmtree(old, ignore_errors=True)
+
+def _check_free(out): # its index.json may be damaged, but should not be a file of others
+    try: found = read_json(out/'index.json')
+    except (CmlfError, OSError): return
+    if not (isinstance(found, dict) and 'fingerprint' in found):
+        raise CmlfError(f'{out/"index.json"}: not of an index; choose another folder for the index')
 
 # %% ../nbs/17_search.ipynb #c13e1a6b
 def _encode_folder(root, out, model, mark):
@@ -107,8 +123,8 @@ def _encode_folder(root, out, model, mark):
         new, errors = encode_new(store, root, contents, model)
         found = collect(store, contents)
     finally: store.close()
-    lost = {f: 'the same content as a file that is skipped' for f in contents
-            if f not in {f for f, *_ in found[0]}}
+    stored = {f for f, *_ in found[0]}
+    lost = {f: 'the same content as a file that is skipped' for f in contents if f not in stored}
     return *found, new, lost | skipped | odd | errors
 
 def build_index(root, # folder of sounds
@@ -119,6 +135,7 @@ def build_index(root, # folder of sounds
     "Index all sounds of a folder; only new and changed ones are encoded."
     root, out = Path(absolute(root)), Path(absolute(out))
     faiss() # errors before the work
+    _check_free(out)
     found, odd = sound_files(root, out)
     if not found: raise CmlfError(_nothing(root, odd))
     name, mark, model = _load(model)

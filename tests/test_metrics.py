@@ -153,7 +153,8 @@ def test_types_of_similarities(change):
 def test_many_similarities_in_half_precision_are_counted_exactly(lower):
     S = (torch.from_numpy(np.random.default_rng(0).standard_normal((600, 600))) + 1.5 * torch.eye(600)).to(lower)
     half, full = (retrieval_from_similarity(s, np.arange(600)) for s in (S, S.double()))
-    for direction in ('t2a', 'a2t'): assert np.array_equal(half.ranks(direction), full.ranks(direction))
+    for direction in ('t2a', 'a2t'):
+        assert np.array_equal(half.ranks(direction), full.ranks(direction))
         assert half.map(10, direction) == full.map(10, direction)
 
 

@@ -119,13 +119,52 @@ def test_half_written_and_foreign_folders(model, sounds, tmp_path):
 def test_unusable_files_are_listed(model, sounds, tmp_path):
     (sounds/'text.wav').write_text('no sound'); (sounds/'empty.wav').write_bytes(b'')
     (sounds/'dead.wav').symlink_to('nowhere'); os.mkfifo(sounds/'pipe.wav')
+    os.symlink(b'nowhere', os.fsencode(sounds) + b'/dead\xff.wav')
     sf.write(sounds/'nan.wav', np.full(9999, np.nan), SAMPLE_RATE, subtype='FLOAT')
     (sounds/'folder.wav').mkdir()
     whole = (sounds/'a.wav').read_bytes()
     (sounds/'half.wav').write_bytes(whole[:len(whole) // 2])
     with open(os.fsencode(sounds) + b'/odd\xff.wav', 'wb') as f: f.write(whole)
     facts = build_index(sounds, model, tmp_path/'i')
-    assert set(facts['skipped']) == {'text.wav', 'empty.wav', 'dead.wav', 'pipe.wav', 'nan.wav', 'half.wav', 'odd?.wav'} and facts['sounds'] == 4
+    assert set(facts['skipped']) == {'text.wav', 'empty.wav', 'dead.wav', 'pipe.wav', 'nan.wav', 'half.wav', 'odd?.wav', 'dead?.wav'} and facts['sounds'] == 4
+
+def test_nothing_of_others_is_deleted_or_replaced(model, sounds):
+    "The index may be in the folder of the sounds itself; it removes only what it has written."
+    for name in ('part-1', '.part-x'):
+        (sounds/name).mkdir()
+        sf.write(sounds/name/'e.wav', wave(7), SAMPLE_RATE)
+    assert build_index(sounds, model, sounds)['sounds'] == 5
+    sf.write(sounds/'f.wav', wave(8), SAMPLE_RATE)
+    assert build_index(sounds, model, sounds)['sounds'] == 6
+    assert (sounds/'part-1'/'e.wav').exists() and (sounds/'.part-x'/'e.wav').exists()
+    assert len([p for p in sounds.glob('part-*') if (p/'sounds.json').exists()]) == 1
+    (sounds/'deep'/'index.json').write_text('[1, 2]')
+    with pytest.raises(CmlfError, match='not of an index; choose another folder'): build_index(sounds, model, sounds/'deep')
+    assert (sounds/'deep'/'index.json').read_text() == '[1, 2]'
+
+def test_folders_behind_links_and_folders_that_cannot_be_opened(sounds, tmp_path, monkeypatch):
+    (tmp_path/'more').mkdir(); sf.write(tmp_path/'more'/'g.wav', wave(5), SAMPLE_RATE)
+    (sounds/'link').symlink_to(tmp_path/'more'); (sounds/'deep'/'loop').symlink_to(sounds)
+    found, skipped = sound_files(sounds)
+    assert found == ['a.wav', 'b.flac', 'deep/c.wav', 'deep/er/d.ogg', 'link/g.wav'] and not skipped
+    scandir = os.scandir
+    def closed(path):
+        if str(path).endswith('er'): raise PermissionError(13, 'Permission denied', str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, 'scandir', closed)
+    assert sound_files(sounds)[1] == {'deep/er': 'permission denied'}
+
+def test_the_length_of_windows_belongs_to_the_model(model, sounds, tmp_path):
+    build_index(sounds, model, tmp_path/'i')
+    shorter = DualEncoder.from_pretrained(model)
+    shorter.seconds = 1
+    shorter.save_pretrained(tmp_path/'shorter')
+    with pytest.raises(CmlfError, match='an index of another model'): build_index(sounds, tmp_path/'shorter', tmp_path/'i')
+
+@pytest.mark.parametrize('name', ['./a.wav', 'deep/../a.wav', '{sounds}/a.wav'])
+def test_files_of_captions_are_found_under_any_name(model, sounds, tmp_path, name):
+    (sounds/'manifest.csv').write_text(f'audio,text\n{name.format(sounds=sounds)},rain on a roof\n')
+    assert build_index(sounds, model, tmp_path/'i')['captions'] == 1
 
 def test_the_folder_of_the_index_may_be_inside(model, sounds):
     build_index(sounds, model, sounds/'index')
@@ -133,7 +172,7 @@ def test_the_folder_of_the_index_may_be_inside(model, sounds):
 
 @pytest.mark.parametrize('table, message', [
     ('path,caption\nmissing.wav,rain\n', 'none of its files'), ('file,caption\na.wav,rain\n', 'no file'),
-    ('path,caption\na.wav,\n', 'row 2'), ('path,text\na.wav,rain\n', 'caption'), ('', 'empty')])
+    ('path,caption\na.wav,\n', 'row 2'), ('path,words\na.wav,rain\n', 'caption'), ('', 'empty')])
 def test_wrong_captions(model, sounds, tmp_path, table, message):
     (tmp_path/'c.csv').write_text(table)
     with pytest.raises(CmlfError, match=message): build_index(sounds, model, tmp_path/'i', tmp_path/'c.csv')

@@ -8,6 +8,7 @@ __all__ = ['model_card', 'write_card']
 # %% ../../nbs/appendix/card.ipynb #6547bfa3
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..config import HALVES
 from ..core import markdown_text, write_text
 from ..metrics import DIRECTIONS, KS, interval
 from ..runs import Run
@@ -21,12 +22,18 @@ _DATA = {
                    'look there before you pass the weights on.'),
     'audiocaps': ('AudioCaps, captioned clips of YouTube videos',
                   'The captions are for academic use; the sound belongs to the makers of the videos.'),
+    'clotho': ('Clotho, captioned clips of Freesound',
+               'Every clip has a licence of its own; some forbid commercial use.'),
     'manifest': ('a collection of sounds with captions',
                  'Nobody has written here who made the sounds. Ask before you pass the weights on.')}
 
+_HOW = dict(baseline='joint training', stages12='the first two stages of 3CMLF',
+            stage3='three stages (3CMLF)') | dict.fromkeys(HALVES, 'joint training on half of the pairs')
+_HOW['3cmlf'] = _HOW['stage3']
+
 def _facts(m): # m: metadata of a run
     p, spec = m['profile'], m['spec']
-    how = dict(baseline='joint training').get(spec['system'], 'three stages (3CMLF)')
+    how = _HOW[spec['system']]
     source = _DATA[p['corpus']['source']][0]
     return {'Training data': f'{m["corpus"]["name"]}: {source}; {m["train_clips"]} clips (content {m["corpus"]["hash"]})',
             'Clips': f'{p["audio"]["seconds"]:g} s at 32 kHz; longer recordings are encoded in windows',

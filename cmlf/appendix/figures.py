@@ -11,7 +11,7 @@ import pandas as pd
 import soundfile
 import torch
 
-from ..features import SAMPLE_RATE, LogMel
+from ..features import N_FFT, SAMPLE_RATE, LogMel
 
 # %% ../../nbs/appendix/figures.ipynb #1e614f76
 def _cosines_inside(e, batches): # off-diagonal cosines inside all batches
@@ -100,7 +100,7 @@ def write_spectrogram(wave, # (samples,) at 32 kHz
                       to): # path, or open binary file; PNG, 64 pixels high
     "A small log-mel spectrogram; what is 70 dB below the loudest point is black."
     from matplotlib.image import imsave # pyplot is not made for several threads
-    hop = max(640, len(wave) // 600) # samples per pixel
+    hop = min(N_FFT, max(640, len(wave) // 600)) # samples per pixel
     with torch.inference_mode(): mel = LogMel(hop=hop)(torch.as_tensor(wave)[None])[0].T.numpy()
     top = max(float(mel.max()), -60.) # silence is black
     imsave(to, mel, vmin=top - 70, vmax=top, cmap='magma', origin='lower', format='png')

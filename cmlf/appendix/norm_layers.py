@@ -62,7 +62,9 @@ def use_averages(module:nn.Module, # changed in place
 
 # %% ../../nbs/appendix/norm_layers.ipynb #726e9766
 def _group_norm(m, channels): # with the weights of a BatchNorm
-    found = nn.GroupNorm(max(1, m.num_features // channels), m.num_features, eps=m.eps)
+    n = m.num_features # groups have at least so many channels, and are equal
+    groups = next(g for g in range(max(1, n // channels), 0, -1) if n % g == 0)
+    found = nn.GroupNorm(groups, n, eps=m.eps)
     found.weight, found.bias = m.weight, m.bias
     return found
 

@@ -29,16 +29,24 @@ def sound_files(folder, # searched with all folders below it
     "The sounds of a folder."
     if not os.path.isdir(folder): raise CmlfError(f'{folder}: no such folder of sounds')
     found, skipped = [], {}
-    for top, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith('.')
-                            and (but is None or Path(top, f).resolve() != but.resolve()))
+    def skip(path, why): # a name that is not UTF-8 could not be written
+        name = Path(path).relative_to(folder).as_posix()
+        skipped[name.encode(errors='replace').decode()] = why
+    for top, files in _walk(folder, but, lambda e: skip(e.filename, e.strerror.lower())):
         for name in files:
             if name.startswith('.') or Path(name).suffix.lower() not in SUFFIXES: continue
             path = Path(top, name)
-            file = path.relative_to(folder).as_posix()
-            if why := _no_file(path): skipped[file] = why
-            else: found.append(file)
+            if why := _no_file(path): skip(path, why)
+            else: found.append(path.relative_to(folder).as_posix())
     return sorted(found), skipped
+
+def _walk(folder, but, failed): # (folder, names of files); links to folders are followed, once
+    seen = {but.resolve()} - {Path(folder).resolve()} if but else set()
+    for top, folders, files in os.walk(folder, onerror=failed, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith('.'))
+        if (real := Path(top).resolve()) in seen: folders.clear()
+        else: yield top, files
+        seen.add(real)
 
 # %% ../../nbs/appendix/sound_store.ipynb #cbd8683c
 def _is_text(file):
