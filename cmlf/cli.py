@@ -349,10 +349,10 @@ def _doctor_command(run:str = typer.Option('', help='folder of a finished run on
 
 # %% ../nbs/18_cli.ipynb #de2494b1
 def _gap(folder, as_json):
-    from cmlf.appendix.gap import beside, checks, gap_report, on_audiocaps
+    from cmlf.appendix.gap import beside, checks, gap_report, check_audiocaps
     from cmlf.runs import Run
     if not as_json: return print(gap_report(Run(folder)))
-    scores = beside(found := on_audiocaps(Run(folder))).to_dict('records')
+    scores = beside(found := check_audiocaps(Run(folder))).to_dict('records')
     print(json.dumps(dict(scores=scores, checks=[vars(c) for c in checks(found)]), indent=1))
 
 # %% ../nbs/18_cli.ipynb #9a406a1f

@@ -67,8 +67,7 @@ class Experiment(RunStore):
 
     def arguments(self) -> tuple:
         "The arguments that create the same experiment in another process."
-        return (self.profile, str(self.runs), self.events, self.data, ' '.join(self.only),
-                self.keep, self.ranks)
+        return self.profile, str(self.runs), self.events, self.data, ' '.join(self.only), self.keep
 
 # %% ../nbs/14_experiments.ipynb #6648af1c
 def _check_files(p):

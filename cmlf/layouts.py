@@ -75,7 +75,7 @@ def _split_folders(path) -> list:
     "The folder itself, data/ and default/ in it, and in all of them the folders named by a split."
     tops = [path, path/'data', path/'default']
     inner = [f for top in tops if top.is_dir() for f in sorted(top.iterdir())
-             if f.is_dir() and f.name.lower() in SPLIT_WORDS]
+             if f.is_dir() and f.name.lower() in (*SPLIT_WORDS, 'development')]
     return tops + inner
 
 # %% ../nbs/04_layouts.ipynb #68757fa5

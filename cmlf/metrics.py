@@ -21,7 +21,7 @@ def _above(S, value, out=None):
     "For each i, how many of `S[i]` are above `value[i]`; a tie counts half. `out` is overwritten."
     d = torch.sub(S, value[:, None], out=out)
     if not value.isfinite().all(): d.nan_to_num_(0) # equal infinities tie
-    # in S's own type: a sum in bf16 would be rounded above 256
+    # signs are added in float32: a sum in bf16 would be rounded above 256
     return (d.sign_().sum(1, dtype=torch.float32).double() + S.shape[1]) / 2
 
 # %% ../nbs/10_metrics.ipynb #55374a1c

@@ -377,7 +377,8 @@ def reproduce(profile:str='mini', tables=(1, 2, 3), seeds:int=1,
     for n in tables: check_before(notebook_of(n), asked)
     exp.train_all(wanted, jobs, cluster)
     call_all({f'table {n}': (_make_table, n, asked) for n in tables}, min(jobs, len(tables)))
-    if set(tables) != {'claims'} or not any((out/f'table{n}.json').exists() for n in (1, 2, 3)):
+    tabled = any((out/f'table{n}.json').exists() for n in (1, 2, 3))
+    if set(tables) != {'claims'} or not tabled or not (out/'provenance.json').exists():
         write_provenance(out) # claims alone leave that of tables as it is
     return write_index(out)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READS', 'RUN_VERSION', 'ROOT', 'RunSpec', 'reads', 'changed_settings', 'run_profile', 'run_config', 'contents',
            'saved_vectors', 'modules', 'Run', 'save_ranks', 'RankRun', 'runs_folder', 'RunStore', 'not_default',
-           'NotRun', 'is_done', 'is_known', 'jobs_for', 'wait_for', 'call_all']
+           'NotRun', 'is_done', 'is_known', 'with_parents', 'jobs_for', 'wait_for', 'call_all']
 
 # %% ../nbs/13_runs.ipynb #26ad780b
 import contextlib, itertools, os, re, shutil, time
@@ -24,7 +24,7 @@ from .appendix.distributed import agree, from_first, processes, rank
 from .appendix.executors import (LocalExecutor, Task, check_address, executor_for,
                                      gpus)
 from .appendix.ranks import rank_key, read_ranks, write_ranks
-from .config import (GROUPS, HALVES, PATH_SETTINGS, VECTORS, Profile, clap_name, expert_files, locate,
+from .config import (GROUPS, HALVES, PACKAGED_TEXT, PATH_SETTINGS, VECTORS, Profile, clap_name, expert_files, locate,
                          pick, resolve_paths)
 from .core import (CmlfError, absolute, commit, content_hash, device, log, machine, one_of, path_hash,
                        precision, read_json, versions, write_json)
@@ -102,6 +102,7 @@ def _content(key, value): # of one path setting
         return {n: path_hash(f) for n, f in expert_files(value).items()} or ''
     if key == 'vectors_from': return value if value in VECTORS else path_hash(saved_vectors(value))
     path = clap_name(value) if key == 'encoder' else value
+    if key == 'text_model' and value in PACKAGED_TEXT: return value
     if not path or key in ('text_model', 'encoder') and not Path(path).is_dir(): return value
     return ('clap:' if key == 'encoder' else '') + path_hash(path)
 
@@ -177,16 +178,21 @@ def save_ranks(run:Run,
                subset:int=0, # also the ranks on so many first test clips; 0: not
               ) -> Path:
     "Write the ranks of a run after each stage; its file has the name of its folder."
-    stages, results = run.metadata['stages'], {}
+    path = Path(folder)/f'{run.metadata["name"]}-{run.metadata["key"]}.npz'
+    stages, results = run.metadata['stages'], _ranks_in(path) # also on other first clips
     scored = range(1, stages + 1) if (run.folder/'test.npz').exists() else []
     for stage, first, last in itertools.product(scored, dict.fromkeys((0, subset)), (False, True)):
         with contextlib.suppress(KeyError): # 'stage3' has no results of the first two stages
             results[rank_key(stage, first, last)] = run.retrieval(stage, first, last)
     history = run.folder/'history.csv'
     curves = run.history if history.exists() else pd.DataFrame(dict(stage=[]))
-    path = Path(folder)/f'{run.metadata["name"]}-{run.metadata["key"]}.npz'
     write_ranks(path, run.metadata, curves, results)
     return path
+
+def _ranks_in(path): # {key: `Retrieval`}, empty if there is no such file that can be read
+    with contextlib.suppress(CmlfError):
+        if path.exists(): return dict(read_ranks(path)[2])
+    return {}
 
 class RankRun(Run):
     "A finished run of which only the file of its ranks is here."
@@ -320,6 +326,19 @@ def selects(self:RunStore, spec:RunSpec) -> bool:
     "Whether `only` names a run, or leaves out none."
     return not self.only or any(fnmatch(spec.name, pattern) for pattern in self.only)
 
+def with_parents(store:RunStore, specs:list,
+                 allowed=lambda spec: True, # whether a parent of a known run is listed too
+                 known=is_known, # (store, spec) -> bool, whether the results of a run are here
+                ) -> list:
+    "The specs, each once, after its parents; a run that is trained needs all of them."
+    found = []
+    def add(spec):
+        for parent in store.parents(spec):
+            if allowed(parent) or not known(store, spec): add(parent)
+        if spec not in found: found.append(spec)
+    for spec in specs: add(spec)
+    return found
+
 @patch
 def allows(self:RunStore, spec:RunSpec) -> bool:
     "Whether the results of a run are here, or it may be trained."
@@ -335,7 +354,7 @@ def run(self:RunStore, spec:RunSpec) -> Run:
 
 @patch
 def obtain(self:RunStore, spec:RunSpec) -> Run:
-    "As `run`, whatever `only` says: also what a run of `only` starts from."
+    "As `run`, but without asking `only`: what a selected run starts from is trained too."
     done = self.run_folder(spec)
     if not from_first(is_done, self, spec):
         for parent in self.parents(spec): self.obtain(parent)
@@ -377,8 +396,8 @@ def keep_ranks(self:RunStore, spec):
         save_ranks(run, self.keep, subset)
 
 def _has_ranks(path, subset): # whether a file of ranks is there, with those on the first clips too
-    if not path.exists(): return False
-    metadata, _, results = read_ranks(path)
+    try: metadata, _, results = read_ranks(path)
+    except CmlfError: return False
     return not results or rank_key(metadata['stages'], subset) in results
 
 # %% ../nbs/13_runs.ipynb #a0045fd2
@@ -433,7 +452,7 @@ def jobs_for(profile:Profile,
 @patch
 def arguments(self:RunStore) -> tuple:
     "The arguments that create the same store in another process."
-    return self.profile, str(self.runs), ' '.join(self.only), self.keep, self.ranks
+    return self.profile, str(self.runs), ' '.join(self.only), self.keep
 
 @lru_cache(1)
 def _open_store(cls, *arguments): return cls(*arguments) # cached: a process loads its corpus once

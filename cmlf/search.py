@@ -35,7 +35,7 @@ def _captions_file(root, captions):
 
 def read_captions(path # csv, jsonl or parquet: path or file_name, and caption or caption_1, ...
                  ) -> dict: # {file: captions}
-    "The captions of a folder of sounds."
+    "The captions of a folder of sounds; columns may have the other names that a manifest may use."
     found = {}
     for where, row in read_rows(path):
         row = usual_columns(row)
@@ -50,7 +50,9 @@ def read_captions(path # csv, jsonl or parquet: path or file_name, and caption o
 # %% ../nbs/17_search.ipynb #07ba398c
 def _matched(found, root, files, path): # {file: captions}, with a word about files that are not there
     inside = lambda f: Path(os.path.relpath(f, root)).as_posix() if os.path.isabs(f) else f
-    found, there = {inside(f): captions for f, captions in found.items()}, set(files)
+    there, given = set(files), found
+    found = {}
+    for f, captions in given.items(): found.setdefault(inside(f), []).extend(captions)
     lost = [f for f in found if f not in there]
     if lost and len(lost) == len(found):
         raise CmlfError(f'{path}: none of its files is in {root}, such as {lost[0]!r}; paths '
@@ -60,7 +62,7 @@ def _matched(found, root, files, path): # {file: captions}, with a word about fi
     return found
 
 # %% ../nbs/17_search.ipynb #81ad3ecc
-INDEX_VERSION = 1
+INDEX_VERSION = 2 # 1: the length of the windows did not count
 _WEIGHTS = 'model.safetensors', 'small.safetensors', 'encoders.json', 'text/text.json'
 
 def fingerprint(folder # of a model
@@ -103,14 +105,21 @@ _PART = {'arrays.npz', 'nearest.faiss', 'sounds.json'}
 
 def _remove_old(folder, part): # what an index has written, and nothing of others
     for old in [*folder.glob('part-*'), *folder.glob('.part-*')]:
-        ours = old.is_dir() and {f.name for f in old.iterdir()} <= _PART and any(old.iterdir())
-        if ours and old.name != part: shutil.rmtree(old, ignore_errors=True)
+        if old.name != part and _is_part(old): shutil.rmtree(old, ignore_errors=True)
+
+def _is_part(folder): # whole, or what a killed process has left
+    try: names = {f.name for f in folder.iterdir()}
+    except OSError: return False
+    return bool(names) and {n for n in names if not n.startswith('.')} <= _PART
 
 def _check_free(out): # its index.json may be damaged, but should not be a file of others
-    try: found = read_json(out/'index.json')
-    except (CmlfError, OSError): return
+    path = out/'index.json'
+    try: found = read_json(path)
+    except CmlfError: return
     if not (isinstance(found, dict) and 'fingerprint' in found):
-        raise CmlfError(f'{out/"index.json"}: not of an index; choose another folder for the index')
+        raise CmlfError(f'{path}: not of an index; choose another folder for the index')
+    if found.get('version') != INDEX_VERSION:
+        raise CmlfError(f'{out}: an index of another version; delete it and index the folder again')
 
 # %% ../nbs/17_search.ipynb #c13e1a6b
 def _encode_folder(root, out, model, mark):

@@ -21,7 +21,7 @@ from .experiments import (METRICS, MORE, Experiment, estimate, measure, more_sco
                               scores)
 from .features import SAMPLE_RATE
 from .metrics import DIRECTIONS, KS, holm, interval, paired_test
-from .runs import NotRun, RankRun, RunSpec, is_known
+from .runs import NotRun, RankRun, RunSpec, is_known, with_parents
 
 # %% ../nbs/15_tables.ipynb #5f9ea346
 @dataclass(frozen=True)
@@ -87,14 +87,9 @@ def runs_needed(exp:Experiment,
                 known=is_known, # (exp, spec) -> bool, whether the results of a run are here
                ) -> list:
     "Specs of all runs that the tables need, each once, after its parents."
-    allowed, wanted = allowed or exp.allows, []
-    def add(spec):
-        for parent in exp.parents(spec): # a run that is trained needs them even if they are left out
-            if allowed(parent) or not known(exp, spec): add(parent)
-        if spec not in wanted: wanted.append(spec)
-    for seed, row in itertools.product(range(seeds), [r for r in ROWS if r.table in numbers]):
-        if allowed(spec := spec_of(exp, row, seed)): add(spec)
-    return wanted
+    allowed, rows = allowed or exp.allows, [r for r in ROWS if r.table in numbers]
+    specs = [spec_of(exp, row, seed) for seed, row in itertools.product(range(seeds), rows)]
+    return with_parents(exp, list(filter(allowed, specs)), allowed, known)
 
 # %% ../nbs/15_tables.ipynb #d0849d3e
 def check_needs(exp:Experiment,

@@ -219,7 +219,7 @@ class Trainer:
                  save_every:float=30., # seconds between checkpoints
                  first:int=0, # stages before this one are not trained: `model` comes from them
                  log=log, # called with one line per epoch
-                 key=''): # of the run that the checkpoint is for; '': it depends on all settings
+                 key=''): # names the run of the checkpoint; '': all settings do
         self.stages, self.seed, self.vectors, self.log = stages, seed, vectors, only_first(log)
         self.dev, self.stage, self.epoch = device(), first, 0
         self.position, self.losses = 0, [] # batches of this epoch that are done
@@ -536,7 +536,8 @@ def resume(self:Trainer) -> dict|None:
     if state is None: return None
     self.model.load_state_dict(state['model'])
     now = self.precision
-    for name in _STATE: setattr(self, name, state[name])
+    # what an older version did not save keeps its value
+    for name in _STATE: setattr(self, name, state.get(name, getattr(self, name)))
     if self.position:
         self.losses, self.states = list(state['losses'].to(self.dev)), state['random']
     at = f', batch {self.position} of the next' * bool(self.position)

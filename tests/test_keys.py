@@ -123,6 +123,13 @@ def test_files_count_by_content_and_not_by_place(setting, kind, smoke, tmp_path)
     assert first == key('b', 'one') != key('c', 'two')
     assert first != key('a', 'changed'), 'the same path with other content'
 
+def test_a_folder_called_tiny_is_not_the_packaged_model(smoke, tmp_path, monkeypatch):
+    before = Experiment(smoke, tmp_path).key(SPECS['scratch'])
+    (tmp_path/'tiny').mkdir()
+    monkeypatch.chdir(tmp_path)
+    exp = Experiment(smoke, tmp_path)
+    assert exp.profile.text.text_model == 'tiny' and exp.key(SPECS['scratch']) == before
+
 def test_relative_and_absolute_paths_are_one(smoke, tmp_path, monkeypatch):
     (tmp_path/'w.txt').write_text('rain 1')
     monkeypatch.chdir(tmp_path)

@@ -149,9 +149,8 @@ def test_types_of_similarities(change):
     assert retrieval_from_similarity(change(sim), owner).asdict() == retrieval_from_similarity(sim, owner).asdict()
 
 
-@pytest.mark.parametrize('lower', [torch.bfloat16, torch.float16])
-def test_many_similarities_in_half_precision_are_counted_exactly(lower):
-    S = (torch.from_numpy(np.random.default_rng(0).standard_normal((600, 600))) + 1.5 * torch.eye(600)).to(lower)
+def test_many_similarities_in_bf16_are_counted_exactly():
+    S = (torch.from_numpy(np.random.default_rng(0).standard_normal((600, 600))) + 1.5 * torch.eye(600)).bfloat16()
     half, full = (retrieval_from_similarity(s, np.arange(600)) for s in (S, S.double()))
     for direction in ('t2a', 'a2t'):
         assert np.array_equal(half.ranks(direction), full.ranks(direction))

@@ -15,7 +15,7 @@ from .comparisons import COMPARISONS, CONTROL, WAYS, Comparison, Point, effects_
 from .comparisons import groups_fit, may_run, points_of, scores_of, sources_of, specs_of
 from .comparisons import variant_point, variants_of, ways_of, with_verdicts
 from ..experiments import Experiment
-from ..runs import is_known
+from ..runs import is_known, with_parents
 
 # %% ../../nbs/appendix/choices.ipynb #bc817540
 _RANDOM = '', False
@@ -137,5 +137,5 @@ def claims_needed(exp:Experiment, seeds:int) -> list:
     points = points_of(COMPARISONS + ways) + [variant_point(n) for n in ('', *variants_of(exp))]
     needed = [s for s in specs_of(exp, points, seeds) if may_run(exp, s)]
     more = specs_of(exp, points_of(choices() + normalisations()), seeds)
-    return needed + [s for s in more if s not in needed and
-                     (is_known(exp, s) or exp.only and exp.selects(s))]
+    more = [s for s in more if is_known(exp, s) or exp.only and exp.selects(s)]
+    return with_parents(exp, needed + more, lambda s: is_known(exp, s))

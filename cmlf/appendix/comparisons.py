@@ -19,7 +19,7 @@ import pandas as pd
 from .effects import WORDS, Effect, differences, effect, sign
 from ..experiments import Experiment
 from ..metrics import holm
-from ..runs import NotRun, RankRun, Run, RunSpec, is_known
+from ..runs import NotRun, RankRun, Run, RunSpec, is_known, with_parents
 from ..tables import paper_row
 
 # %% ../../nbs/appendix/comparisons.ipynb #894cd923
@@ -170,12 +170,7 @@ def ways_of(audio:str='scratch') -> list:
 # %% ../../nbs/appendix/comparisons.ipynb #747351f3
 def specs_of(exp:Experiment, points, seeds:int) -> list:
     "The runs of these scores for seeds 0, 1, .., each once, after its parents."
-    found = []
-    def add(spec):
-        for parent in exp.parents(spec): add(parent)
-        if spec not in found: found.append(spec)
-    for seed, p in itertools.product(range(seeds), points): add(p.spec(exp, seed))
-    return found
+    return with_parents(exp, [p.spec(exp, seed) for seed in range(seeds) for p in points])
 
 def points_of(comparisons) -> list:
     "The scores of these comparisons, each once."

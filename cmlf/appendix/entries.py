@@ -158,14 +158,15 @@ def manifest_entries(tables:dict) -> list: # {'all': table}
     return read_rows(tables['all'], ['path'])  # an error that lists the columns
 
 # %% ../../nbs/appendix/entries.ipynb #9efc9316
-# Clotho names its parts development, validation and evaluation
-SPLIT_WORDS = SPLIT_NAMES | dict(development='train', dev='val', eval='test', evaluation='test')
+SPLIT_WORDS = SPLIT_NAMES | dict(dev='val', eval='test', evaluation='test')
 
 def split_in_path(path:str) -> str: # relative to the corpus, with /
     "The split named by the folders of a file, or else by words in its name; '' if none or two are."
     *folders, name = path.lower().split('/')
     for words in (folders[::-1], re.split(r'[^a-z]+', name)):
         found = [SPLIT_WORDS[w] for w in words if w in SPLIT_WORDS]
+        # Clotho's training split; elsewhere a folder of this name may hold all splits
+        if not found and 'development' in words: return 'train'
         if len(set(found)) == 1: return found[0]
     return ''
 

@@ -143,7 +143,7 @@ class Checkpoint:
     def __init__(self, path, # folder; None: nothing is written
                  plan:str, # describes the run (settings, seed, data); must be equal on resume
                  every:float=0., # seconds between two writes
-                 say=log, # called with one line if a state is damaged
+                 say=log, # called with one line if a state cannot be used
                  restart:bool=False): # start again if the plan differs; False: that is an error
         self.path, self.plan, self.every, self.say = path and Path(path), plan, every, say
         self.restart, self.began = restart, time.monotonic()
@@ -176,7 +176,8 @@ class Checkpoint:
         if not found: return None
         if found[0] == self.plan: return found[1]
         if self.restart:
-            return self.say(f'{self.path}: written by another version; the run starts again')
+            self.say(f'{self.path}: written by another version; the run starts again')
+            return None
         raise CmlfError(f'{self.path}: a checkpoint of another run (settings, seed or data); '
                         'delete it or choose another folder')
 

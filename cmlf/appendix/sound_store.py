@@ -17,11 +17,13 @@ from ..core import CmlfError, Progress, file_hash, is_full_disk, log
 SUFFIXES = {'.' + s for s in 'wav flac mp3 ogg oga opus aif aiff aifc au snd caf w64 rf64 m4a aac wma '
             'webm mp4'.split()} # some of them cannot be read: they are reported, not overlooked
 
-def _no_file(path): # why a path is not a regular file, or ''
+def _no_file(path): # why a path is no file that can be read, or ''
     try: mode = os.stat(path).st_mode
     except OSError as e: return f'{e.strerror.lower()}' if not os.path.islink(path) else 'a dead link'
     if not stat.S_ISREG(mode): return 'not a regular file'
     return '' if os.access(path, os.R_OK) else 'permission denied'
+
+def _as_text(file): return file.encode(errors='replace').decode() # a name that is not UTF-8
 
 def sound_files(folder, # searched with all folders below it
                 but:Path|None=None, # a folder that is left out
@@ -29,9 +31,8 @@ def sound_files(folder, # searched with all folders below it
     "The sounds of a folder."
     if not os.path.isdir(folder): raise CmlfError(f'{folder}: no such folder of sounds')
     found, skipped = [], {}
-    def skip(path, why): # a name that is not UTF-8 could not be written
-        name = Path(path).relative_to(folder).as_posix()
-        skipped[name.encode(errors='replace').decode()] = why
+    def skip(path, why):
+        skipped[_as_text(Path(path).relative_to(folder).as_posix())] = why
     for top, files in _walk(folder, but, lambda e: skip(e.filename, e.strerror.lower())):
         for name in files:
             if name.startswith('.') or Path(name).suffix.lower() not in SUFFIXES: continue
@@ -40,10 +41,13 @@ def sound_files(folder, # searched with all folders below it
             else: found.append(path.relative_to(folder).as_posix())
     return sorted(found), skipped
 
-def _walk(folder, but, failed): # (folder, names of files); links to folders are followed, once
-    seen = {but.resolve()} - {Path(folder).resolve()} if but else set()
+def _walk(folder, but, failed): # (folder, names of files); links that lead out are followed, once
+    root = Path(folder).resolve()
+    seen = {but.resolve()} - {root} if but else set()
     for top, folders, files in os.walk(folder, onerror=failed, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith('.'))
+        # what is inside has its own name already
+        folders[:] = sorted(f for f in folders if not f.startswith('.') and not (
+            Path(top, f).is_symlink() and Path(top, f).resolve().is_relative_to(root)))
         if (real := Path(top).resolve()) in seen: folders.clear()
         else: yield top, files
         seen.add(real)
@@ -56,8 +60,7 @@ def _is_text(file):
 
 def readable_names(files:list) -> tuple: # (files, {file: why it is skipped})
     "The files whose names are UTF-8 text."
-    odd = {f.encode(errors='replace').decode(): 'its name is not UTF-8; rename it'
-           for f in files if not _is_text(f)}
+    odd = {_as_text(f): 'its name is not UTF-8; rename it' for f in files if not _is_text(f)}
     return [f for f in files if _is_text(f)], odd
 
 # %% ../../nbs/appendix/sound_store.ipynb #8a2bc7cc
