@@ -4,7 +4,7 @@ import contextlib, shutil
 import pandas as pd
 import pytest
 
-from cmlf.appendix.check import check_all, check_report
+from cmlf.appendix.check import cannot_check, check_all, check_report
 from cmlf.appendix.ranks import read_ranks, write_ranks
 from cmlf.cli import run_command
 from cmlf.core import CmlfError, read_json, write_json
@@ -194,6 +194,12 @@ def test_a_report_without_ranks_is_an_error_if_it_is_asked_for(report, capsys):
     with pytest.raises(CmlfError, match='small: no ranks are committed; nothing can be checked'): check_all(out=str(report))
     assert run_command(['reproduce', '--check', '--out', str(report)]) == 2
     assert capsys.readouterr().err == 'cmlf: small: no ranks are committed; nothing can be checked\n'
+
+def test_a_report_from_recordings_is_left_out_without_them(report, monkeypatch):
+    monkeypatch.delenv('CMLF_ESC_DIR', raising=False)
+    assert cannot_check(report) == ''
+    with edited_json(report/'table2.json') as record: record['in_force']['corpus']['source'] = 'recordings'
+    assert 'say where its recordings are' in cannot_check(report) and cannot_check(report, 'recordings') == ''
 
 def test_the_command_fails_with_a_line_per_difference(report, capsys):
     edit(report/'table2.csv', lambda f: add(f, 't2a_r1', 5))

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['differences', 'ranks_name', 'file_faults', 'moved', 'made_anew', 'cell_faults', 'files_of', 'line_faults',
-           'record_differences', 'provenance_faults', 'Checked', 'check_report', 'reports_here', 'check_all']
+           'record_differences', 'provenance_faults', 'Checked', 'check_report', 'reports_here', 'cannot_check',
+           'check_all']
 
 # %% ../../nbs/appendix/check.ipynb #43d08988
-import shutil, tempfile
+import os, shutil, tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -370,19 +371,28 @@ def reports_here(root=ROOT) -> list: # of folders
     found = [p.parent for p in sorted((Path(root)/'reports').glob('*/provenance.json'))]
     return [f for f in found if committed(f/'provenance.json') is not None] or found
 
+def cannot_check(folder:Path, # of a report
+                 events:str='', # folder of recordings
+                ) -> str: # '': it can be checked
+    "Why a report is left out when all are checked."
+    if not list((folder/'ranks').glob('*.npz')): return 'no ranks are committed; nothing can be checked'
+    composed = 'recordings' in [flat_settings(r['in_force'])['source'] for r in _records(folder).values()]
+    if composed and not (events or os.environ.get('CMLF_ESC_DIR')):
+        return 'not checked: say where its recordings are (--events, or CMLF_ESC_DIR)'
+    return ''
+
 def check_all(profile:str='', # the name of one report; '': all with ranks
               out:str='', # folder of one report
               events:str='', data:str='', ranks:str='', # as in `check_report`
               show=print, # is called with each line
              ) -> bool: # whether all is well
     "Check reports, and show each difference and a last line per report."
-    if profile or out: folders = [report_folder(profile, out)]
-    else: folders = reports_here()
-    with_ranks = [f for f in folders if profile or out or list((f/'ranks').glob('*.npz'))]
-    for f in folders:
-        if f not in with_ranks: show(f'{f.name}: no ranks are committed; nothing can be checked')
-    if not with_ranks: raise CmlfError('no report here has ranks; nothing can be checked')
-    checks = [check_report(f, events, data, ranks) for f in with_ranks]
+    if profile or out: why = {report_folder(profile, out): ''}
+    else: why = {f: cannot_check(f, events) for f in reports_here()}
+    for f, reason in why.items():
+        if reason: show(f'{f.name}: {reason}')
+    if all(why.values()): raise CmlfError('no report here can be checked')
+    checks = [check_report(f, events, data, ranks) for f, reason in why.items() if not reason]
     for c in checks:
         for line in c.wrong: show(f'{c.name} {line}')
         show(str(c))
