@@ -555,7 +555,8 @@ def _plan_model(p):
     except CmlfError as e:
         if p.audio.encoder.startswith('clap'): raise
         log(f'{e}; timing a random BERT-base instead')
-        model = DualEncoder.from_profile(p.replace(text_model='tiny'))
+        other = p.replace(text_model='tiny', text_layers=0, text_frozen=0)
+        model = DualEncoder.from_profile(other)
         model.text.model = BertModel(BertConfig(), add_pooling_layer=False)
         model.text_head[0] = torch.nn.Linear(768, p.joint.head_hidden)
         return model

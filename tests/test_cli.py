@@ -77,7 +77,7 @@ def own_sounds(tmp_path_factory):
     return folder/'manifest.csv'
 
 def test_train_and_evaluate_on_your_own_sounds(own_sounds, tmp_path):
-    small = ['--set', 'width=4', '--set', 'text_model=tiny', '--set', 'epochs=3', '--set', 'stage_split=1+1+1', '--set', 'seconds=1']
+    small = ['--set', 'width=4', '--set', 'text_model=tiny', '--set', 'text_frozen=0', '--set', 'epochs=3', '--set', 'stage_split=1+1+1', '--set', 'seconds=1']
     done = cmlf('train', '--data', own_sounds, '--profile', 'field', *small, '--system', '3cmlf', '--out', tmp_path/'run', '--json')
     assert done.returncode == 0, done.stderr
     assert 'batch_size 32 is lowered to 12' in done.stderr

@@ -17,7 +17,7 @@ from cmlf.report import report_folder
 from cmlf.runs import Run
 from command import cmlf
 
-SMALL = ['--set', 'width=4', '--set', 'text_model=tiny', '--set', 'epochs=3', '--set', 'seconds=1', '--set', 'batch_size=8',
+SMALL = ['--set', 'width=4', '--set', 'text_model=tiny', '--set', 'text_frozen=0', '--set', 'epochs=3', '--set', 'seconds=1', '--set', 'batch_size=8',
          '--set', 'head_hidden=16', '--set', 'joint_dim=16']
 
 def tones(folder, rows):

@@ -110,7 +110,7 @@ def keep_layers(model, # a BERT-type model; changed in place
     "Remove the last layers of a model, also from its config."
     there = len(model.encoder.layer)
     if not 1 <= layers <= there:
-        raise CmlfError(f'layers={layers}: this text model has {there}; keep 1 to {there}, or give '
+        raise CmlfError(f'text_layers={layers}: this text model has {there}; keep 1 to {there}, or give '
                         '0 for all')
     model.encoder.layer = model.encoder.layer[:layers]
     model.config.num_hidden_layers = layers
@@ -128,7 +128,8 @@ def freeze_layers(model, # a BERT-type model; changed in place
     "Freeze the first layers of a model."
     there = len(model.encoder.layer)
     if not 0 <= layers <= there:
-        raise CmlfError(f'frozen={layers}: this text model has {there} layers; freeze 0 to {there}')
+        raise CmlfError(f'text_frozen={layers}: this text model has {there} layers; freeze 0 to '
+                        f'{there}')
     for part in frozen_layers(model, layers): part.requires_grad_(False).eval()
     return layers
 
