@@ -56,10 +56,11 @@ def setting(default, # its type is the type of the setting
             choices:tuple=(), # allowed values, or allowed members of a tuple
             positive:bool=False, # whether the value must be above zero
             least:float|None=None, # the smallest value that is allowed
+            most:float|None=None, # the largest
            ):
     "A field of a `Settings` group."
     return field(default=default, metadata=dict(choices=choices, positive=positive,
-                                                least=least))
+                                                least=least, most=most))
 
 def _checked(f, value): # a dataclass field and its new value
     limits, key = f.metadata, f.name
@@ -70,6 +71,8 @@ def _checked(f, value): # a dataclass field and its new value
         raise CmlfError(f'setting {key}={value} should be above zero')
     if limits.get('least') is not None and value < limits['least']:
         raise CmlfError(f'setting {key}={value} should be {limits["least"]} or more')
+    if limits.get('most') is not None and value > limits['most']:
+        raise CmlfError(f'setting {key}={value} should be at most {limits["most"]}')
     return value
 
 # %% ../nbs/01_config.ipynb #e8878017
@@ -171,7 +174,7 @@ class BatchConfig(Settings):
     groups:bool = True # clips with the same meaning never share a batch; paper: False
     neighbours:int = 0 # pairs in one group of a hard batch; 0: the whole batch, as in the paper
     skip:int = 0 # the nearest neighbours of a pair that do not share its group; paper: 0
-    mined_share:float = setting(1., positive=True) # of the batches in a mined epoch; others: random
+    mined_share:float = setting(1., positive=True, most=1) # of the batches in a mined epoch; others: random
     drop:str = setting('mined', choices=('mined', 'random')) # who chooses the N mod B dropped pairs
 
     def check(self):
@@ -187,8 +190,6 @@ class BatchConfig(Settings):
         if not (v.endswith('.npy') or Path(v).is_absolute() or v and Path(v).expanduser().is_dir()):
             one_of(v, VECTORS, 'vectors_from (and no such folder)')
         if self.skip < 0: raise CmlfError(f'setting skip={self.skip} should be 0 or more')
-        if self.mined_share > 1:
-            raise CmlfError(f'setting mined_share={self.mined_share} should be at most 1')
 
 # %% ../nbs/01_config.ipynb #a18f72ba
 LOSSES = ('nt_xent', 'nt_xent_hardest', 'nt_xent_masked', 'nt_xent_weighted', 'nt_xent_soft',
@@ -206,13 +207,12 @@ class OptimiserConfig(Settings):
     loss:str = setting('nt_xent', choices=LOSSES) # Eq. 4, or another treatment of hard negatives
     loss_in:str = setting('all', choices=('all', 'last')) # stages that use it; the others: Eq. 4
     hardest:int = setting(8, positive=True) # 'nt_xent_hardest': negatives kept per row
-    above:float = setting(0.1, least=0) # 'nt_xent_masked': a negative above its positive by more is left out
+    above:float = setting(0.1, least=0) # 'nt_xent_masked': negatives above their positive by more are
+    # left out
     beta:float = 0.15  # 'nt_xent_weighted': how much more hard negatives weigh
-    soft:float = 0.3   # 'nt_xent_soft': share of the target from the model that the stage starts from
+    soft:float = setting(0.3, least=0, most=1) # 'nt_xent_soft': share of the target from the model that the
+    # stage starts from
     amp:bool = True  # bf16 autocast where it is faster
-
-    def check(self):
-        if not 0 <= self.soft <= 1: raise CmlfError(f'setting soft={self.soft} should be from 0 to 1')
 
 # %% ../nbs/01_config.ipynb #eb9114b2
 def divide(total:int, # epochs
@@ -259,14 +259,12 @@ class CurriculumConfig(Settings):
     last_norm:str = setting('train', choices=('train', 'eval', 'moving', 'renorm')) # BatchNorm in that
     # stage: statistics of the batch as in the paper; those of its start; averages over batches; these
     # with BatchNorm's gradient
-    last_momentum:float = setting(.1, positive=True) # weight of a batch in these averages
+    last_momentum:float = setting(.1, positive=True, most=1) # weight of a batch in these averages
 
     def check(self):
         if len(self.stage_split) != 3 or min(self.stage_split) < 1:
             raise CmlfError(f'setting stage_split={self.stage_split} should be three whole numbers '
                             'above zero, such as 8+4+6')
-        if self.last_momentum > 1:
-            raise CmlfError(f'setting last_momentum={self.last_momentum} should be at most 1')
         if len(self.trains) != 3:
             raise CmlfError(f'setting trains={self.trains} should say for three stages what they train')
         self.stage_epochs # raises an error if there are too few epochs
@@ -415,13 +413,12 @@ def expert_files(text:str) -> dict:
 def resolve_paths(p:Profile) -> Profile:
     "The profile with absolute paths."
     experts = {k: absolute(path) for k, path in expert_files(p.experts.expert_features).items()}
-    vectors, encoder = p.batches.vectors_from, p.audio.encoder
+    vectors, encoder, text = p.batches.vectors_from, p.audio.encoder, p.text.text_model
     if clap := clap_name(encoder): encoder = f'clap:{_absolute_folder(clap)}'
     return p.replace(panns=absolute(p.tagger.panns), words=absolute(p.ce.words), encoder=encoder,
                      expert_features=','.join(f'{k}={v}' for k, v in experts.items()),
-                     text_model=_absolute_folder(p.text.text_model),
+                     text_model=text if text in PACKAGED_TEXT else _absolute_folder(text),
                      vectors_from=vectors if vectors in VECTORS else absolute(vectors))
 
-def _absolute_folder(name): # of a model: other names stay as they are
-    folder = name not in PACKAGED_TEXT and Path(name).expanduser().is_dir()
-    return absolute(name) if folder else name
+def _absolute_folder(name): # of a model: as it is, if there is no such folder
+    return absolute(name) if Path(name).expanduser().is_dir() else name

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'CmlfError', 'one_of', 'as_bool', 'rng', 'seed_everything', 'atomic_path', 'is_full_disk', 'write_text',
            'absolute', 'markdown_text', 'write_json', 'no_file', 'read_json', 'read_npy', 'content_hash', 'file_hash',
-           'cache_folder', 'cached', 'path_hash', 'versions', 'commit', 'committed', 'device', 'has_bf16',
+           'walk', 'cache_folder', 'cached', 'path_hash', 'versions', 'commit', 'committed', 'device', 'has_bf16',
            'measured_once', 'bf16_speed', 'prefers_bf16', 'precision', 'autocast', 'machine', 'has_kernel', 'Progress',
            'log']
 
@@ -155,6 +155,19 @@ def content_hash(*parts, # JSON values, arrays or bytes
 def file_hash(path) -> str:
     "sha256 of a file's bytes."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+# %% ../nbs/00_core.ipynb #b357fcaa
+def walk(folder, # searched with all folders below it
+         enter=lambda path: True, # whether to search a folder
+         failed=None, # called with the `OSError` of a folder that cannot be opened
+        ):
+    "Yield (folder, sorted names of its files); links to folders are followed, each folder once."
+    seen = set()
+    for top, folders, files in os.walk(folder, onerror=failed, followlinks=True):
+        real = os.path.realpath(top)
+        folders[:] = [] if real in seen else sorted(f for f in folders if enter(Path(top, f)))
+        if real not in seen: yield top, sorted(files)
+        seen.add(real)
 
 # %% ../nbs/00_core.ipynb #7ba00ebe
 def cache_folder() -> Path:

@@ -23,7 +23,7 @@ from filelock import FileLock
 from .appendix.distributed import agree, from_first, processes, rank
 from .appendix.executors import (LocalExecutor, Task, check_address, executor_for,
                                      gpus)
-from .appendix.ranks import rank_key, read_ranks, write_ranks
+from .appendix.ranks import rank_key, read_ranks, stored_keys, write_ranks
 from .config import (GROUPS, HALVES, PACKAGED_TEXT, PATH_SETTINGS, VECTORS, Profile, clap_name, expert_files, locate,
                          pick, resolve_paths)
 from .core import (CmlfError, absolute, commit, content_hash, device, log, machine, one_of, path_hash,
@@ -392,13 +392,14 @@ def keep_ranks(self:RunStore, spec):
     "Write the ranks of a finished run, if they are to be kept and are not yet there."
     if not self.keep: return
     run, subset = Run(self.run_folder(spec)), self.profile.corpus.subset
-    if not _has_ranks(Path(self.keep)/f'{run.folder.name}.npz', subset):
+    wanted = rank_key(run.metadata['stages'], subset)
+    if not _has_ranks(Path(self.keep)/f'{run.folder.name}.npz', wanted):
         save_ranks(run, self.keep, subset)
 
-def _has_ranks(path, subset): # whether a file of ranks is there, with those on the first clips too
-    try: metadata, _, results = read_ranks(path)
+def _has_ranks(path, wanted): # whether a file of ranks is there, with this key if the run has a test
+    try: keys = stored_keys(path)
     except CmlfError: return False
-    return not results or rank_key(metadata['stages'], subset) in results
+    return not keys or wanted in keys
 
 # %% ../nbs/13_runs.ipynb #a0045fd2
 def _written(folder): # when its newest file was written
@@ -484,14 +485,9 @@ def _task(store, spec, parents, here):
     return Task(name(spec), *call, tuple(map(name, parents)), f'{spec.name}-{place}')
 
 def _missing(store, specs): # runs to train: those without results, and what they depend on
-    found = []
-    def add(spec):
-        if is_done(store, spec) or spec in found: return
-        for parent in store.parents(spec): add(parent)
-        found.append(spec)
-    for spec in specs:
-        if not is_known(store, spec): add(spec)
-    return found
+    unknown = [s for s in specs if not is_known(store, s)]
+    needed = with_parents(store, unknown, lambda spec: False, is_done)
+    return [s for s in needed if not is_done(store, s)]
 
 @patch
 def train_all(self:RunStore, specs:list,

@@ -48,11 +48,11 @@ def read_captions(path # csv, jsonl or parquet: path or file_name, and caption o
     return found
 
 # %% ../nbs/17_search.ipynb #07ba398c
-def _matched(found, root, files, path): # {file: captions}, with a word about files that are not there
-    inside = lambda f: Path(os.path.relpath(f, root)).as_posix() if os.path.isabs(f) else f
-    there, given = set(files), found
-    found = {}
-    for f, captions in given.items(): found.setdefault(inside(f), []).extend(captions)
+def _matched(given, root, files, path): # {file: captions}, with a word about files that are not there
+    found, there = {}, set(files)
+    for f, captions in given.items():
+        if os.path.isabs(f): f = Path(os.path.relpath(f, root)).as_posix()
+        found.setdefault(f, []).extend(captions)
     lost = [f for f in found if f not in there]
     if lost and len(lost) == len(found):
         raise CmlfError(f'{path}: none of its files is in {root}, such as {lost[0]!r}; paths '

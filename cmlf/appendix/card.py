@@ -27,9 +27,9 @@ _DATA = {
     'manifest': ('a collection of sounds with captions',
                  'Nobody has written here who made the sounds. Ask before you pass the weights on.')}
 
-_HOW = dict(baseline='joint training', stages12='the first two stages of 3CMLF',
-            stage3='three stages (3CMLF)') | dict.fromkeys(HALVES, 'joint training on half of the pairs')
-_HOW['3cmlf'] = _HOW['stage3']
+_HOW = (dict(baseline='joint training', stages12='the first two stages of 3CMLF')
+        | dict.fromkeys(HALVES, 'joint training on half of the pairs')
+        | dict.fromkeys(('3cmlf', 'stage3'), 'three stages (3CMLF)'))
 
 def _facts(m): # m: metadata of a run
     p, spec = m['profile'], m['spec']

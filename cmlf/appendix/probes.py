@@ -17,7 +17,7 @@ import pandas as pd
 
 from .corpus_tables import need_pyarrow, refuse_repeat, sound_column
 from ..core import (CmlfError, Progress, atomic_path, cache_folder, content_hash, file_hash, log,
-                       read_json, write_json)
+                       read_json, write_json, walk)
 from ..data import AUDIO_EXTENSIONS, YOUTUBE_ID, file_stem
 from ..features import N_FFT, SAMPLE_RATE, probe_audio
 
@@ -30,15 +30,12 @@ def _is_sound(name:str) -> bool:
 
 def index_files(folder) -> dict:
     "{name without extension, or YouTube id: [files]} below a folder; links are followed once."
-    index, seen = defaultdict(list), set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        folders[:] = [] if real in seen else sorted(folders)
-        for name in sorted(filter(_is_sound, files)) if real not in seen else ():
+    index = defaultdict(list)
+    for root, files in walk(folder):
+        for name in filter(_is_sound, files):
             stem = file_stem(name)
             video = _VIDEO.fullmatch(stem) or re.fullmatch('Y' + YOUTUBE_ID, stem)
             for key in {stem, video[1] if video else stem}: index[key].append(Path(root)/name)
-        seen.add(real)
     return index
 
 # %% ../../nbs/appendix/probes.ipynb #744ed4d5

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import CmlfError, Progress, file_hash, is_full_disk, log
+from ..core import CmlfError, Progress, file_hash, is_full_disk, log, walk
 
 # %% ../../nbs/appendix/sound_store.ipynb #376f4179
 SUFFIXES = {'.' + s for s in 'wav flac mp3 ogg oga opus aif aiff aifc au snd caf w64 rf64 m4a aac wma '
@@ -33,7 +33,8 @@ def sound_files(folder, # searched with all folders below it
     found, skipped = [], {}
     def skip(path, why):
         skipped[_as_text(Path(path).relative_to(folder).as_posix())] = why
-    for top, files in _walk(folder, but, lambda e: skip(e.filename, e.strerror.lower())):
+    enter = lambda path: _may_enter(path, folder, but)
+    for top, files in walk(folder, enter, lambda e: skip(e.filename, e.strerror.lower())):
         for name in files:
             if name.startswith('.') or Path(name).suffix.lower() not in SUFFIXES: continue
             path = Path(top, name)
@@ -41,16 +42,10 @@ def sound_files(folder, # searched with all folders below it
             else: found.append(path.relative_to(folder).as_posix())
     return sorted(found), skipped
 
-def _walk(folder, but, failed): # (folder, names of files); links that lead out are followed, once
-    root = Path(folder).resolve()
-    seen = {but.resolve()} - {root} if but else set()
-    for top, folders, files in os.walk(folder, onerror=failed, followlinks=True):
-        # what is inside has its own name already
-        folders[:] = sorted(f for f in folders if not f.startswith('.') and not (
-            Path(top, f).is_symlink() and Path(top, f).resolve().is_relative_to(root)))
-        if (real := Path(top).resolve()) in seen: folders.clear()
-        else: yield top, files
-        seen.add(real)
+def _may_enter(path, folder, but):
+    if path.name.startswith('.') or but and path.resolve() == but.resolve(): return False
+    # behind a link that stays inside is nothing that has no name yet
+    return not (path.is_symlink() and path.resolve().is_relative_to(Path(folder).resolve()))
 
 # %% ../../nbs/appendix/sound_store.ipynb #cbd8683c
 def _is_text(file):
