@@ -202,7 +202,8 @@ def test_an_unexpected_error_is_one_line(index):
 
 def test_other_sites_are_refused(ask):
     for host in ('evil.example', 'evil.example:8000', '127.0.0.1.evil.example', '192.168.0.1', ''):
-        assert ask.get('/', headers={'Host': host}).status_code == 400, host
+        answer = ask.get('/', headers={'Host': host})
+        assert answer.status_code == 400 and answer.headers['x-content-type-options'] == 'nosniff', host
     for host in ('127.0.0.1', '127.0.0.1:9', 'localhost:8000', 'LOCALHOST'): assert ask.get('/', headers={'Host': host}).status_code == 200, host
     for origin in ('http://evil.example', 'null', 'http://127.0.0.1:9', 'https://127.0.0.1:8000'):
         line(ask.post('/like', content=b'x', headers={'Origin': origin}), 403, 'another site')

@@ -322,8 +322,8 @@ def make_app(index # `SoundIndex`
     _add_answers(app, index, sounds)
     _add_sounds(app, sounds)
     _add_errors(app)
-    app.add_middleware(Guard)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=_HOSTS, www_redirect=False)
+    app.add_middleware(Guard) # outside: its headers are on every answer
     return app
 
 # %% ../../nbs/appendix/web.ipynb #ee58e485
