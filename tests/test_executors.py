@@ -115,8 +115,8 @@ def test_a_killed_worker_costs_its_run_some_time_and_nothing_else(cluster, tmp_p
 
 @LINUX
 def test_ctrl_c_ends_the_local_processes(tmp_path):
-    (tmp_path/'main.py').write_text(
-        'import sys\nfrom cmlf.config import get_profile\nfrom counting import Counting\n'
+    (tmp_path/'main.py').write_text( # a shell starts its background commands with SIGINT ignored
+        'import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom cmlf.config import get_profile\nfrom counting import Counting\n'
         'if __name__ == "__main__":\n    s = Counting(get_profile("smoke"), sys.argv[1])\n    s.train_all([s.spec("experts"), s.spec("tagger")], jobs=2)')
     process = subprocess.Popen([sys.executable, tmp_path/'main.py', tmp_path], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
                                env=os.environ | dict(PYTHONPATH=str(ROOT/'tests')))
