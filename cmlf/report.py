@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEEN', 'report_folder', 'Report', 'pick_queries', 'write_credits', 'provenance', 'write_provenance', 'write_index',
-           'notebook_of', 'publish', 'absolute_settings', 'reproduce', 'against_committed', 'compare_reports']
+           'notebook_of', 'keep_earlier', 'publish', 'absolute_settings', 'reproduce', 'against_committed',
+           'compare_reports']
 
 # %% ../nbs/16_report.ipynb #c88fd406
 import contextlib, io, json, os, shutil
@@ -181,11 +182,12 @@ def show_claims(self:Report) -> pd.DataFrame:
 @patch
 def figure(self:Report, fig, # of matplotlib
            name:str, # of the file, without ending
-           caption:str):
+           caption:str,
+           of:str=''): # key of the run whose files it needs; '': ranks are enough
     "Keep a figure for the report."
     path = self.out/'figures'/f'{name}.png'
     with atomic_path(path) as tmp: fig.savefig(tmp, dpi=120, bbox_inches='tight', format='png')
-    self.figures.append(dict(file=f'figures/{name}.png', caption=caption))
+    self.figures.append(dict(file=f'figures/{name}.png', caption=caption) | (dict(of=[of]) if of else {}))
 
 # %% ../nbs/16_report.ipynb #fb13966c
 def pick_queries(found, # a retrieval result with `t2a_ranks`
@@ -227,7 +229,7 @@ def query_card(self:Report, run:Run,
     own = int(run.arrays['owner'][q])
     top = int(torch.cosine_similarity(text[q][None], audio).argmax())
     meant = self.clip_card(own)
-    return dict(verdict=verdict, query=captions[q], rank=int(found.t2a_ranks[q]) + 1, meant=meant,
+    return dict(of=[run.metadata['key']], verdict=verdict, query=captions[q], rank=int(found.t2a_ranks[q]) + 1, meant=meant,
                 found=meant if top == own else self.clip_card(top))
 
 # %% ../nbs/16_report.ipynb #dfbcb2c8
@@ -307,6 +309,14 @@ def notebook_of(number # of the table, or 'claims'
     return path
 
 # %% ../nbs/16_report.ipynb #312d9af9
+def keep_earlier(new:dict, old:dict): # records of one table
+    "Add to a new record what an old one shows of the same runs, where the new one has nothing."
+    for kind in 'figures', 'cards', 'effects':
+        name = lambda e: e.get('file', e.get('name')) # cards have none: they stay together
+        have, runs = {name(e) for e in new[kind]}, set(new['runs'])
+        new[kind] += [e for e in old.get(kind, ())
+                      if name(e) not in have and 'of' in e and runs.issuperset(e['of'])]
+
 def publish(fresh, # folder that a notebook wrote
             out): # folder of the report
     "Move all files of a folder into the report, and remove the folder."
@@ -346,6 +356,9 @@ def _make_table(n, asked:dict): # parameters of the notebook
     folders = [*(asked[k] for k in ('runs', 'ranks', 'events', 'data')), *_files_of(wanted)]
     hide_paths(executed, dict.fromkeys([*folders, out, ROOT], '') |
                {fresh: out.name, Path.home(): '~'})
+    if (out/f'{name}.json').exists():
+        keep_earlier(new := read_json(fresh/f'{name}.json'), read_json(out/f'{name}.json'))
+        write_json(fresh/f'{name}.json', new)
     publish(fresh, out)
 
 # %% ../nbs/16_report.ipynb #f17fcfd8

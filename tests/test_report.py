@@ -56,6 +56,19 @@ def test_check_finds_an_edited_cell(report, tmp_path):
     done = cmlf('reproduce', '--profile', 'smoke', '--check', '--out', edited)
     assert done.returncode == 2 and f'edited table1.csv row {row + 1} (CE) t2a_r1: ' in done.stdout and 'from ranks/ce-b' in done.stdout
 
+def test_a_report_completed_from_ranks_keeps_queries_and_batches(report, tmp_path):
+    "Another machine has the ranks alone, and these need embeddings."
+    copied = shutil.copytree(report, tmp_path/'copied')
+    done = cmlf('reproduce', '--profile', 'smoke', '--tables', '1,2', '--only', 'nothing', '--ranks', report/'ranks',
+                '--runs', tmp_path/'runs', '--out', copied)
+    assert done.returncode == 0 and not list((tmp_path/'runs').rglob('run.json')), done.stderr
+    old, new = (read_records(folder) for folder in (report, copied))
+    assert len(old[1]['cards']) == 6 and new[1]['cards'] == old[1]['cards']
+    files = [sorted(f['file'] for f in records[2]['figures']) for records in (old, new)]
+    assert 'figures/batches.png' in files[0] and files[0] == files[1]
+    assert 'only the ranks are here' in (copied/'notebooks'/'table1.ipynb').read_text()
+    assert 'The best queries' in (copied/'index.html').read_text()
+
 # --- the page
 
 def committed_report(profile, tmp_path) -> Path:

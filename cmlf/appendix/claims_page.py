@@ -228,6 +228,11 @@ def _not_run(frame, names) -> list: # of notes; names of all lines
     if not len(left): return []
     return [f'Not run: {"all lines" if len(left) == len(frame) else "; ".join(left)}.']
 
+def _unchanged(frame) -> list: # of notes
+    columns = [d + end for d in ('t2a', 'a2t', 'mean') for end in ('', '_low', '_high')]
+    same = (frame.reindex(columns=columns).abs() < 1e-9).all(axis=1)
+    return [f'No rank changed: {"; ".join(frame.comparison[same])}.'] if same.any() else []
+
 def _line_notes(frame, names=None): # of a table in which every line is tested
     return [*_LINES, *_not_run(frame, frame.comparison if names is None else names)]
 
@@ -240,14 +245,16 @@ def put(self:ClaimsReport, name:str, # of the files
         title:str, # on the page
         frame:pd.DataFrame, # for the .csv
         shown:pd.DataFrame, # for the .md and the page
-        notes=()) -> pd.DataFrame:
+        notes=(),
+        of=()) -> pd.DataFrame: # keys of the runs whose files it needs; (): ranks are enough
     "Write one table, and keep it for the page; returns what is shown."
     write_text(self.out/f'{name}.csv', frame.to_csv(index=False))
     lines = ''.join(f'- {n}\n' for n in notes)
     write_text(self.out/f'{name}.md', shown.to_markdown(index=False, disable_numparse=True) +
                f'\n\n{lines}')
     rows = [list(map(str, r)) for r in shown.itertuples(index=False)]
-    self.effects.append(dict(name=name, title=title, notes=list(notes), head=[*shown], rows=rows))
+    self.effects.append(dict(name=name, title=title, notes=list(notes), head=[*shown], rows=rows) |
+                        (dict(of=list(of)) if of else {}))
     return shown
 
 @patch
@@ -330,9 +337,11 @@ def show_encoders(self:ClaimsReport) -> pd.DataFrame:
 def show_choices(self:ClaimsReport) -> pd.DataFrame:
     "The other side of each choice that the paper leaves open, if it was run, written as `choices`."
     frame = test_choices(self.exp, self.seeds)
+    self.forest(frame, 'choices', 'effect of the change, points of R@1',
+                'Choices that the paper leaves open, made the other way.')
     return self.put('choices', 'Choices that the paper leaves open', frame, pretty_choices(frame), [
         'One setting changed, against the same run without the change; choices are trained only if '
-        '--only names them.', *_line_notes(frame)])
+        '--only names them.', *_unchanged(frame), *_line_notes(frame)])
 
 @patch
 def show_norms(self:ClaimsReport) -> pd.DataFrame:
@@ -368,4 +377,5 @@ def show_geometry(self:ClaimsReport) -> pd.DataFrame:
     shown.columns = [c.replace('_', ' ') for c in shown.columns]
     return self.put('geometry', 'The shape of the joint space', frame.rename_axis('run').reset_index(),
                   shown, ['After the last epoch of each run, seed 0, test set. Beats near and far: how often the '
-                          'right clip beats all of the 31 clips nearest to it, and all others.'])
+                          'right clip beats all of the 31 clips nearest to it, and all others.'],
+                  [r.metadata['key'] for r in runs.values()])
