@@ -112,18 +112,18 @@ def clips_for(gap:float, sd_clips:float, sd_seeds:float, seeds:int, clips:int) -
     return float(np.ceil(clips * sd_clips**2 / left)) if left > 0 else float('inf')
 
 def pretty_power(frame:pd.DataFrame) -> pd.DataFrame:
-    "The table for reading."
-    # one seed says nothing about the spread of seeds
-    points = lambda x: '–' if np.isnan(x) else f'{x:.1f}'
-    number = lambda x: '–' if np.isnan(x) else 'no number' if np.isinf(x) else f'{x:,.0f}'
+    "The table for reading, without lines of one seed: it says nothing about the spread of seeds."
+    if not len(frame): return frame
+    frame = frame[frame['found with 1 seed'].notna()]
+    number = lambda x: 'no number' if np.isinf(x) else f'{x:,.0f}'
     found = frame['found with 1 seed']
-    noise = np.where(frame.Paper.abs() < found, 'yes', 'no')
     return frame.assign(**{
         'Paper': frame.Paper.map('{:+.1f}'.format),
-        'found with 1 seed': found.map(points), 'with 5 seeds': frame['with 5 seeds'].map(points),
+        'found with 1 seed': found.map('{:.1f}'.format),
+        'with 5 seeds': frame['with 5 seeds'].map('{:.1f}'.format),
         'seeds needed': frame['seeds needed'].map(number),
         'clips needed, 5 seeds': frame['clips needed, 5 seeds'].map(number),
-        'could be noise': np.where(found.isna(), '–', noise)})
+        'could be noise': np.where(frame.Paper.abs() < found, 'yes', 'no')})
 
 # %% ../../nbs/appendix/claims_page.ipynb #7c48f287
 def test_variants(exp:Experiment, seeds:int, audio:str='scratch') -> pd.DataFrame:
@@ -217,11 +217,10 @@ _NOTES = [
     'sign flips over clips, corrected for all deciding comparisons (Holm). One seed: cannot tell.',
     'Of several comparisons that decide a claim, the one that speaks least for it is shown.',
     'C7: falls relative to the range of the validation scores; tested from four epochs on.']
-_LINES = [
-    'A verdict needs p below 0.05 after correction for all lines of the table (Holm). So an interval may '
-    'leave out zero, and the verdict be "cannot tell".',
-    'With one seed, an interval is over clips and sources alone, so it is too narrow, and the verdict '
-    'is always "cannot tell".']
+_HOLM = ('A verdict needs p below 0.05 after correction for all lines of the table (Holm). So an interval may '
+         'leave out zero, and the verdict be "cannot tell".')
+_ONE_SEED = ('With one seed, an interval is over clips and sources alone, so it is too narrow, and the verdict '
+             'is always "cannot tell".')
 
 def _not_run(frame, names) -> list: # of notes; names of all lines
     left = names[frame.seeds == 0]
@@ -234,7 +233,10 @@ def _unchanged(frame) -> list: # of notes
     return [f'No rank changed: {"; ".join(frame.comparison[same])}.'] if same.any() else []
 
 def _line_notes(frame, names=None): # of a table in which every line is tested
-    return [*_LINES, *_not_run(frame, frame.comparison if names is None else names)]
+    if not len(frame): return []
+    run = set(frame.seeds) - {0}
+    return ([_HOLM] * bool(run) + [_ONE_SEED] * (1 in run) +
+            _not_run(frame, frame.comparison if names is None else names))
 
 class ClaimsReport(Report):
     "The report of the claims: arguments as those of a `Report`, without the number."
@@ -292,11 +294,13 @@ def show_comparisons(self:ClaimsReport) -> pd.DataFrame:
 def show_power(self:ClaimsReport) -> pd.DataFrame:
     "What the paper's differences would take, written as `power`."
     power = power_table(self.tested, len(self.exp.corpus.split('test')))
-    return self.put('power', 'What it would take to tell', power,
-                  pretty_power(power) if len(power) else power, [
+    shown = pretty_power(power)
+    one = [] if len(shown) == len(power) else [
+        'Only comparisons with several seeds: one says nothing about the spread of seeds.']
+    return self.put('power', 'What it would take to tell', power, shown, [
         'In points of R@1. Found: the smallest difference that is found in 80 of 100 repetitions, with the 957 '
         'test clips of AudioCaps. No number: chance from the other source alone is too large. Could be noise: '
-        'the difference of the paper is smaller than what one seed finds.'])
+        'the difference of the paper is smaller than what one seed finds.', *one])
 
 @patch
 def show_variants(self:ClaimsReport) -> pd.DataFrame:
@@ -363,7 +367,7 @@ def show_sizes(self:ClaimsReport) -> pd.DataFrame:
         self.figure(size_figure(frame), 'sizes', 'Effects in points of mean recall, by number of training clips, '
                     'with 95 % intervals.')
     return self.put('sizes', 'The number of training clips', frame, pretty_sizes(frame), [
-        'With as many clips, epochs and updates on both sides, and the same test clips.', *_LINES])
+        'With as many clips, epochs and updates on both sides, and the same test clips.', *_line_notes(frame)])
 
 @patch
 def show_geometry(self:ClaimsReport) -> pd.DataFrame:
