@@ -29,7 +29,8 @@ from ..tables import AUDIOCAPS
 def effect_text(line, name:str) -> str:
     "'+3.0 [+1.0, +5.0]', a dash if there is no result."
     if name not in line or pd.isna(line[name]): return '–'
-    return f'{line[name]:+.1f} [{line[f"{name}_low"]:+.1f}, {line[f"{name}_high"]:+.1f}]'
+    value = line[name] if abs(line[name]) > 1e-9 else 0. # not -0.0, of rounding
+    return f'{value:+.1f} [{line[f"{name}_low"]:+.1f}, {line[f"{name}_high"]:+.1f}]'
 
 def _paper_text(line):
     if pd.isna(line.get('paper_t2a', np.nan)): return '–'
