@@ -183,11 +183,11 @@ def show_claims(self:Report) -> pd.DataFrame:
 def figure(self:Report, fig, # of matplotlib
            name:str, # of the file, without ending
            caption:str,
-           of:str=''): # key of the run whose files it needs; '': ranks are enough
+           of=()): # keys of the runs whose files it needs; (): ranks are enough
     "Keep a figure for the report."
     path = self.out/'figures'/f'{name}.png'
     with atomic_path(path) as tmp: fig.savefig(tmp, dpi=120, bbox_inches='tight', format='png')
-    self.figures.append(dict(file=f'figures/{name}.png', caption=caption) | (dict(of=[of]) if of else {}))
+    self.figures.append(dict(file=f'figures/{name}.png', caption=caption) | (dict(of=list(of)) if of else {}))
 
 # %% ../nbs/16_report.ipynb #fb13966c
 def pick_queries(found, # a retrieval result with `t2a_ranks`
@@ -309,13 +309,29 @@ def notebook_of(number # of the table, or 'claims'
     return path
 
 # %% ../nbs/16_report.ipynb #312d9af9
-def keep_earlier(new:dict, old:dict): # records of one table
+def _pictures(entry): # of a figure or a card
+    return [entry[k] for k in ('file',) if k in entry] + [
+        entry[k]['picture'] for k in ('meant', 'found') if k in entry]
+
+def keep_earlier(new:dict, old:dict, # records of one table
+                 out): # folder of the report
     "Add to a new record what an old one shows of the same runs, where the new one has nothing."
+    # a key says how a run is trained: trained twice, it has another model, and other metadata
+    same = {k for k, run in new['runs'].items() if run == old['runs'].get(k)}
+    stays = lambda e: e.get('of') and same.issuperset(e['of']) and all(
+        (Path(out)/p).exists() for p in _pictures(e))
     for kind in 'figures', 'cards', 'effects':
         name = lambda e: e.get('file', e.get('name')) # cards have none: they stay together
-        have, runs = {name(e) for e in new[kind]}, set(new['runs'])
-        new[kind] += [e for e in old.get(kind, ())
-                      if name(e) not in have and 'of' in e and runs.issuperset(e['of'])]
+        have = {name(e) for e in new[kind]}
+        new[kind] += [e for e in old.get(kind, ()) if name(e) not in have and stays(e)]
+
+def _complete(path, # record of a table that was just made
+              earlier): # the same record in the report, which may be missing or damaged
+    if not earlier.exists(): return
+    try: old = read_json(earlier)
+    except CmlfError as e: return log(f'{e}; nothing is taken from it')
+    keep_earlier(new := read_json(path), old, earlier.parent)
+    write_json(path, new)
 
 def publish(fresh, # folder that a notebook wrote
             out): # folder of the report
@@ -356,9 +372,7 @@ def _make_table(n, asked:dict): # parameters of the notebook
     folders = [*(asked[k] for k in ('runs', 'ranks', 'events', 'data')), *_files_of(wanted)]
     hide_paths(executed, dict.fromkeys([*folders, out, ROOT], '') |
                {fresh: out.name, Path.home(): '~'})
-    if (out/f'{name}.json').exists():
-        keep_earlier(new := read_json(fresh/f'{name}.json'), read_json(out/f'{name}.json'))
-        write_json(fresh/f'{name}.json', new)
+    _complete(fresh/f'{name}.json', out/f'{name}.json')
     publish(fresh, out)
 
 # %% ../nbs/16_report.ipynb #f17fcfd8

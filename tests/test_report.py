@@ -85,6 +85,8 @@ def test_a_committed_page_can_be_written_again_from_its_files(profile, tmp_path)
     before = files_of(folder)
     write_index(folder)
     assert files_of(folder) == before
+    figures = [f['file'] for r in read_records(folder).values() for f in r['figures']]
+    assert len(figures) == len(set(figures)), 'two tables write one file'
 
 def test_a_page_without_intervals_and_tests_has_warnings(tmp_path):
     folder = committed_report('mini', tmp_path)

@@ -198,7 +198,9 @@ def test_bad_uploads_give_one_line(ask, tmp_path):
 
 def test_an_unexpected_error_is_one_line(index):
     broken = SimpleNamespace(root=index.root, facts=index.facts, sounds=index.sounds, find=lambda *a: 1 / 0)
-    line(client(broken, raise_server_exceptions=False).get('/search?q=rain'), 500, 'ZeroDivisionError')
+    answer = client(broken, raise_server_exceptions=False).get('/search?q=rain')
+    line(answer, 500, 'ZeroDivisionError')
+    assert answer.headers['x-content-type-options'] == 'nosniff'
 
 def test_other_sites_are_refused(ask):
     for host in ('evil.example', 'evil.example:8000', '127.0.0.1.evil.example', '192.168.0.1', ''):

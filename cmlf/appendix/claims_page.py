@@ -22,15 +22,16 @@ from .geometry import geometry
 from ..core import write_text
 from ..experiments import Experiment
 from ..report import Report
-from ..runs import is_done
+from ..runs import is_done, is_known
 from ..tables import AUDIOCAPS
 
 # %% ../../nbs/appendix/claims_page.ipynb #f4077fae
 def effect_text(line, name:str) -> str:
     "'+3.0 [+1.0, +5.0]', a dash if there is no result."
     if name not in line or pd.isna(line[name]): return '–'
-    value = line[name] if abs(line[name]) > 1e-9 else 0. # not -0.0, of rounding
-    return f'{value:+.1f} [{line[f"{name}_low"]:+.1f}, {line[f"{name}_high"]:+.1f}]'
+    values = line[[name, f'{name}_low', f'{name}_high']].astype(float)
+    value, low, high = values.where(values.abs() > 1e-9, 0.) # not -0.0, of rounding
+    return f'{value:+.1f} [{low:+.1f}, {high:+.1f}]'
 
 def _paper_text(line):
     if pd.isna(line.get('paper_t2a', np.nan)): return '–'
@@ -231,7 +232,7 @@ def _not_run(frame, names) -> list: # of notes; names of all lines
 def _unchanged(frame) -> list: # of notes
     columns = [d + end for d in ('t2a', 'a2t', 'mean') for end in ('', '_low', '_high')]
     same = (frame.reindex(columns=columns).abs() < 1e-9).all(axis=1)
-    return [f'No rank changed: {"; ".join(frame.comparison[same])}.'] if same.any() else []
+    return [f'No score changed: {"; ".join(frame.comparison[same])}.'] if same.any() else []
 
 def _line_notes(frame, names=None): # of a table in which every line is tested
     if not len(frame): return []
@@ -297,7 +298,7 @@ def show_power(self:ClaimsReport) -> pd.DataFrame:
     power = power_table(self.tested, len(self.exp.corpus.split('test')))
     shown = pretty_power(power)
     one = [] if len(shown) == len(power) else [
-        'Only comparisons with several seeds: one says nothing about the spread of seeds.']
+        'Comparisons with one seed are left out: one seed says nothing about the spread of seeds.']
     return self.put('power', 'What it would take to tell', power, shown, [
         'In points of R@1. Found: the smallest difference that is found in 80 of 100 repetitions, with the 957 '
         'test clips of AudioCaps. No number: chance from the other source alone is too large. Could be noise: '
@@ -365,7 +366,7 @@ def show_sizes(self:ClaimsReport) -> pd.DataFrame:
     "Ways to train, by number of training clips, written as `sizes`."
     frame = test_sizes(self.exp, self.seeds)
     if frame.get('clips', pd.Series(dtype=int)).nunique() > 1:
-        self.figure(size_figure(frame), 'sizes', 'Effects in points of mean recall, by number of training clips, '
+        self.figure(size_figure(frame), 'training_clips', 'Effects in points of mean recall, by number of training clips, '
                     'with 95 % intervals.')
     return self.put('sizes', 'The number of training clips', frame, pretty_sizes(frame), [
         'With as many clips, epochs and updates on both sides, and the same test clips.', *_line_notes(frame)])
@@ -375,7 +376,9 @@ def show_geometry(self:ClaimsReport) -> pd.DataFrame:
     "The shape of the joint space after the last epoch of some runs of seed 0, written as `geometry`."
     known = {n: p.spec(self.exp, 0) for n, p in _SHOWN.items()}
     runs = {n: self.exp.run(s) for n, s in known.items() if is_done(self.exp, s)}
-    if 'joint' not in runs: return pd.DataFrame({'run': []})
+    # a part is not shown in place of the whole, which an earlier report may have
+    known = [n for n, s in known.items() if is_known(self.exp, s)]
+    if 'joint' not in runs or len(runs) < len(known): return pd.DataFrame({'run': []})
     lines = {n: geometry(r, runs['joint']).iloc[-1] for n, r in runs.items()}
     frame = pd.DataFrame(lines).T.drop(columns=['stage', 'epoch']).astype(float)
     shown = frame.round(2).rename_axis('run').reset_index()

@@ -303,7 +303,9 @@ def _add_errors(app):
 
     @app.exception_handler(Exception)
     def _failed(request, e):
-        return answer(500, f'the server failed ({type(e).__name__}); its terminal says more')
+        found = answer(500, f'the server failed ({type(e).__name__}); its terminal says more')
+        found.headers.update(_HEADERS) # this handler is outside of `Guard`
+        return found
 
 # %% ../../nbs/appendix/web.ipynb #6e3b192f
 def _installed(name):
@@ -323,7 +325,7 @@ def make_app(index # `SoundIndex`
     _add_sounds(app, sounds)
     _add_errors(app)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=_HOSTS, www_redirect=False)
-    app.add_middleware(Guard) # outside: its headers are on every answer
+    app.add_middleware(Guard) # outside, so that refusals have its headers too
     return app
 
 # %% ../../nbs/appendix/web.ipynb #ee58e485
