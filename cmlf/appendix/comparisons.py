@@ -130,6 +130,10 @@ VARIANTS = {
     'mask in the loss': 'loss=nt_xent_masked loss_in=last',
     'mask in the loss, BatchNorm fixed': 'loss=nt_xent_masked loss_in=last last_norm=eval',
     'soft targets': 'loss=nt_xent_soft loss_in=last',
+    'temperature of 0.03': 'tau=0.03',
+    'temperature of 0.2': 'tau=0.2',
+    'random, temperature of 0.03': f'{CONTROL} tau=0.03',
+    'random, temperature of 0.2': f'{CONTROL} tau=0.2',
     'random, weighted negatives': f'{CONTROL} loss=nt_xent_weighted loss_in=last',
     'random, masked': f'{CONTROL} loss=nt_xent_masked loss_in=last',
     'random, soft targets': f'{CONTROL} loss=nt_xent_soft loss_in=last'}
