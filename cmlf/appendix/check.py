@@ -215,7 +215,7 @@ def record_differences(record:dict, # of a table
     corpus, now = report.exp.corpus, flat_settings(report.exp.profile.asdict())
     told = {k: v for k, v in flat_settings(record['in_force']).items()
             if k in now and k not in PATH_SETTINGS}
-    effects = [e for e in record.get('effects', []) if e['name'] != 'geometry']
+    effects = [e for e in record.get('effects', []) if not e.get('of')]
     a = dict(in_force=told, corpus={k: record['corpus'][k] for k in ('hash', 'clips')},
              tables=record['tables'], claims=record.get('claims') or {}, effects=effects)
     b = dict(in_force={k: now[k] for k in told}, tables=report.tables,
@@ -331,10 +331,10 @@ def _records(out):
     return records
 
 def _check_rest(check, out, records, compared): # tables that were not made, and files of no table
-    named = {e['name'] for r in records.values()
+    named = {e['name']: e for r in records.values()
              for e in [*r['tables'], *r.get('effects', []), r.get('claims') or dict(name='')]}
     for path in sorted(out.glob('*.csv')):
-        if path.stem == 'geometry' and 'geometry' in named: _count(check, path, False)
+        if named.get(path.stem, {}).get('of'): _count(check, path, False) # ranks alone cannot give it
         elif path.name not in compared and path.stem not in named:
             check.wrong.append(f'{path.name}: a table that no record of the report names')
 

@@ -29,9 +29,9 @@ from ..tables import AUDIOCAPS
 def effect_text(line, name:str) -> str:
     "'+3.0 [+1.0, +5.0]', a dash if there is no result."
     if name not in line or pd.isna(line[name]): return '–'
-    values = line[[name, f'{name}_low', f'{name}_high']].astype(float)
-    value, low, high = values.where(values.abs() > 1e-9, 0.) # not -0.0, of rounding
-    return f'{value:+.1f} [{low:+.1f}, {high:+.1f}]'
+    text = lambda x: f'{x if abs(x) > 1e-9 else 0:+.1f}' # not -0.0, of rounding
+    value, low, high = (text(line[name + end]) for end in ('', '_low', '_high'))
+    return f'{value} [{low}, {high}]'
 
 def _paper_text(line):
     if pd.isna(line.get('paper_t2a', np.nan)): return '–'
@@ -374,11 +374,11 @@ def show_sizes(self:ClaimsReport) -> pd.DataFrame:
 @patch
 def show_geometry(self:ClaimsReport) -> pd.DataFrame:
     "The shape of the joint space after the last epoch of some runs of seed 0, written as `geometry`."
-    known = {n: p.spec(self.exp, 0) for n, p in _SHOWN.items()}
-    runs = {n: self.exp.run(s) for n, s in known.items() if is_done(self.exp, s)}
+    specs = {n: p.spec(self.exp, 0) for n, p in _SHOWN.items()}
+    runs = {n: self.exp.run(s) for n, s in specs.items() if is_done(self.exp, s)}
     # a part is not shown in place of the whole, which an earlier report may have
-    known = [n for n, s in known.items() if is_known(self.exp, s)]
-    if 'joint' not in runs or len(runs) < len(known): return pd.DataFrame({'run': []})
+    if 'joint' not in runs or len(runs) < sum(is_known(self.exp, s) for s in specs.values()):
+        return pd.DataFrame({'run': []})
     lines = {n: geometry(r, runs['joint']).iloc[-1] for n, r in runs.items()}
     frame = pd.DataFrame(lines).T.drop(columns=['stage', 'epoch']).astype(float)
     shown = frame.round(2).rename_axis('run').reset_index()
