@@ -53,7 +53,7 @@ def pretty_effects(frame:pd.DataFrame, # from `test_comparisons`
 def oscillation_line(found:pd.DataFrame, # from `joint_oscillation`
                     ) -> dict:
     "The claim C7 as a line of `pretty_effects`."
-    line = {'Claim': 'C7', 'Comparison': 'falls of the curve: joint training over stage 3',
+    line = {'Claim': 'C7', 'Comparison': 'falls of the validation score: joint training over stage 3',
             'Paper, T2A / A2T R@1': '–', 'Ours, A2T R@1': '–', 'Ours, mean recall': '–'}
     enough = found[found.epochs >= 4]
     if short := len(found) and not len(enough): line['Comparison'] += ' (too few epochs)'
@@ -64,7 +64,7 @@ def oscillation_line(found:pd.DataFrame, # from `joint_oscillation`
     half = float(stats.t.ppf(.975, len(d) - 1) * d.std(ddof=1) / len(d) ** .5)
     low, high = d.mean() - half, d.mean() + half
     verdict = 'supported' if low > 0 else 'contradicted' if high < 0 else 'cannot tell'
-    text = f'{100 * d.mean():+.0f} % of the range [{100 * low:+.0f}, {100 * high:+.0f}]'
+    text = f'{d.mean():+.1f} points [{low:+.1f}, {high:+.1f}]'
     return line | {'Ours, T2A R@1': text, 'Seeds': str(seeds), 'Verdict': verdict}
 
 # %% ../../nbs/appendix/claims_page.ipynb #c1f3cb18
@@ -220,8 +220,8 @@ _NOTES = [
     'A verdict needs an interval on one side of zero and p below 0.05 for Student’s test and for '
     'sign flips over clips, corrected for all deciding comparisons (Holm). One seed: cannot tell.',
     'Of several comparisons that decide a claim, the one that speaks least for it is shown.',
-    'C7: falls relative to the range of the validation scores, in the first half of joint training and of '
-    'stage 3; tested from four epochs on, so with runs of twelve epochs if the profile has few.']
+    'C7: the sum of all falls of the validation score between epochs, in points, in the first half of joint '
+    'training and of stage 3; tested from four epochs on, so with runs of twelve epochs if the profile has few.']
 _HOLM = ('A verdict needs p below 0.05 after correction for all lines of the table (Holm). So an interval may '
          'leave out zero, and the verdict be "cannot tell".')
 _ONE_SEED = ('With one seed, an interval is over clips and sources alone, so it is too narrow, and the verdict '

@@ -289,10 +289,9 @@ def decided(frame:pd.DataFrame, # from `test_comparisons`
 # %% ../../nbs/appendix/comparisons.ipynb #e08bcf2d
 def oscillation(scores # validation scores of the epochs, from epoch 0
                ) -> float:
-    "Falls between epochs of the first half, relative to the range of the scores in it."
+    "The sum of all falls between epochs of the first half, in points."
     half = np.asarray(scores, float)[:len(scores) // 2 + 1]
-    falls, extent = np.clip(-np.diff(half), 0, None).sum(), np.ptp(half)
-    return float(falls / extent) if extent else 0.
+    return float(np.clip(-np.diff(half), 0, None).sum())
 
 def joint_oscillation(exp:Experiment, seeds:int) -> pd.DataFrame:
     "The measure for each known seed: joint training, and the stage that trains both encoders; epochs of the shorter."
